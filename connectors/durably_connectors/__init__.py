@@ -1,0 +1,1 @@
+"""The edges of durably: what connects it to HTTP and to other stream processors."""

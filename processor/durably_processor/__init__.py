@@ -1,0 +1,1 @@
+"""The stateful processor: it owns partitions, advances their runs and writes their logs."""

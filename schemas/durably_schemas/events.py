@@ -1,0 +1,219 @@
+"""What the entries of a run's log carry: one record for each event type (namespace ``durably.events``)."""
+
+from __future__ import annotations
+
+from durably_schemas.records import Error, Event, Parent, Payload, Record, RunStatus, StreamWritten
+
+
+class Backoff(Record):
+    """Delay before retry n, counted from 1: ``min(max_ms, initial_ms * factor ** (n - 1))``."""
+
+    initial_ms: int
+    factor: float
+    max_ms: int
+
+
+class RunCreated(Record):
+    """The first entry."""
+
+    workflow: str
+    input: Payload
+    attributes: dict[str, str] = {}
+    parent: Parent | None = None
+    start_at: int | None = None
+    traceparent: str | None = None
+
+
+class RunStarted(Record):
+    """Workflow code begins."""
+
+    code_version: str | None = None
+
+
+class RunCompleted(Record):
+    """Workflow code returned."""
+
+    result: Payload
+
+
+class RunFailed(Record):
+    """Workflow code raised."""
+
+    error: Error
+
+
+class RunCancelling(Record):
+    """Cancellation is delivered into the workflow; its cleanup may still run steps."""
+
+    reason: str | None = None
+
+
+class RunCancelled(Record):
+    """The workflow has ended after a cancellation."""
+
+    reason: str | None = None
+
+
+class RunBlocked(Record):
+    """The run waits for other code: its own diverged from the log, is missing, or never yields."""
+
+    error: Error
+    expected: str | None = None
+    found: str | None = None
+
+
+class RunUnblocked(Record):
+    """Other code took the run further."""
+
+    code_version: str | None = None
+
+
+class StepCreated(Record):
+    """The workflow called a step."""
+
+    step: str
+    queue: str
+    input: Payload
+    fingerprint: str
+    max_retries: int
+    backoff: Backoff
+    timeout: int | None = None
+
+
+class StepStarted(Record):
+    """An attempt was running: written with its result, or earlier when it became a lease."""
+
+    attempt: int
+    worker: str
+    started_at: int
+    lease_until: int | None = None
+    execution: int = 1
+
+
+class StepScheduled(Record):
+    """A timer handed an attempt out (again): a retry, or a request that nobody took for days."""
+
+    attempt: int
+
+
+class StepRetrying(Record):
+    """An attempt failed; ``attempt`` is the one that comes next."""
+
+    attempt: int
+    error: Error
+    retry_at: int
+
+
+class StepCompleted(Record):
+    """The step has its result."""
+
+    attempt: int
+    result: Payload
+    streams: tuple[StreamWritten, ...] = ()
+
+
+class StepFailed(Record):
+    """The step has failed for good."""
+
+    attempt: int
+    error: Error
+
+
+class HookCreated(Record):
+    """The run waits for outside data under this token."""
+
+    token: str
+    metadata: Payload | None = None
+    webhook: bool = False
+
+
+class HookConflict(Record):
+    """Another run holds the token."""
+
+    token: str
+    holder_run_id: str
+
+
+class HookReceived(Record):
+    """Outside data arrived."""
+
+    resume_id: str
+    payload: Payload
+
+
+class HookDisposed(Record):
+    """The run gave the token back."""
+
+
+class WaitCreated(Record):
+    """The workflow sleeps, or has set a timeout, until ``due_at``."""
+
+    due_at: int
+
+
+class WaitCompleted(Record):
+    """The wait is over: its time came, or the workflow dropped it."""
+
+    cancelled: bool = False
+
+
+class ChildCreated(Record):
+    """The workflow started another run."""
+
+    child_run_id: str
+    workflow: str
+    input: Payload
+    attributes: dict[str, str] = {}
+
+
+class ChildCompleted(Record):
+    """A child run has ended."""
+
+    status: RunStatus
+    result: Payload | None = None
+    error: Error | None = None
+
+
+class AttributesSet(Record):
+    """Attributes of the run changed; ``None`` removes one."""
+
+    attributes: dict[str, str | None]
+
+
+class TokenClaimed(Record):
+    """A run holds this token."""
+
+    hook_id: str
+
+
+class TokenReleased(Record):
+    """The token is free."""
+
+    hook_id: str
+
+
+EventData = (
+    RunCreated | RunStarted | RunCompleted | RunFailed | RunCancelling | RunCancelled | RunBlocked | RunUnblocked
+    | StepCreated | StepStarted | StepScheduled | StepRetrying | StepCompleted | StepFailed
+    | HookCreated | HookConflict | HookReceived | HookDisposed
+    | WaitCreated | WaitCompleted | ChildCreated | ChildCompleted | AttributesSet | TokenClaimed | TokenReleased
+)  # fmt: skip
+
+TYPE_OF: dict[type[Record], str] = {
+    RunCreated: "run_created", RunStarted: "run_started", RunCompleted: "run_completed", RunFailed: "run_failed",
+    RunCancelling: "run_cancelling", RunCancelled: "run_cancelled", RunBlocked: "run_blocked",
+    RunUnblocked: "run_unblocked",
+    StepCreated: "step_created", StepStarted: "step_started", StepScheduled: "step_scheduled",
+    StepRetrying: "step_retrying",
+    StepCompleted: "step_completed", StepFailed: "step_failed",
+    HookCreated: "hook_created", HookConflict: "hook_conflict", HookReceived: "hook_received",
+    HookDisposed: "hook_disposed",
+    WaitCreated: "wait_created", WaitCompleted: "wait_completed",
+    ChildCreated: "child_created", ChildCompleted: "child_completed", AttributesSet: "attributes_set",
+    TokenClaimed: "token_claimed", TokenReleased: "token_released",
+}  # fmt: skip
+
+
+def event(run_id: str, seq: int, at: int, data: EventData, correlation_id: str | None = None) -> Event:
+    """An `Event` whose type is that of its data."""
+    return Event(run_id=run_id, seq=seq, type=TYPE_OF[type(data)], at=at, data=data, correlation_id=correlation_id)

@@ -1,0 +1,282 @@
+"""The records on the topics, typed and frozen. One class for each ``avro/NAME.avsc``; field for field the same.
+
+Instants are integers, milliseconds since the epoch; durations are integers, milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    from durably_schemas.events import EventData
+
+RunStatus = Literal["pending", "running", "blocked", "completed", "failed", "cancelled"]
+TERMINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled"})
+Query = Literal["SUMMARY", "EVENTS", "RESULT", "HOOK"]
+ReplyStatus = Literal["OK", "NOT_FOUND", "REFUSED"]
+ClaimAnswer = Literal["OPEN", "LEASED", "DONE"]
+ChunkKind = Literal["DATA", "END"]
+
+
+class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """What every record is: immutable, compared by value."""
+
+
+class Payload(Record):
+    """A user value: its media type and its bytes."""
+
+    content_type: str
+    data: bytes
+
+
+class Error(Record):
+    """An exception as data. ``type`` is ``module:qualname``, or a bare name from a foreign language."""
+
+    type: str
+    message: str
+    traceback: str | None = None
+    data: Payload | None = None
+    cause: Error | None = None
+
+
+class ReplyTo(Record):
+    """Where an answer goes: a partition of ``replies``, and the id that the asker waits for."""
+
+    partition: int
+    request_id: str
+
+
+class Parent(Record):
+    """The run that started this one, and where in it."""
+
+    run_id: str
+    correlation_id: str
+    root_run_id: str
+
+
+class StartRun(Record):
+    """Asks for a run. A second start of the same ``run_id`` attaches to the first."""
+
+    run_id: str
+    workflow: str
+    input: Payload
+    requested_at: int
+    attributes: dict[str, str] = {}
+    parent: Parent | None = None
+    start_at: int | None = None
+    reply_to: ReplyTo | None = None
+
+
+class ResumeHook(Record):
+    """Delivers a payload to the hook with this token; a second resume with the same ``resume_id`` is dropped."""
+
+    token: str
+    resume_id: str
+    payload: Payload
+    requested_at: int
+    reply_to: ReplyTo | None = None
+
+
+class CancelRun(Record):
+    """Asks for the cancellation of a run."""
+
+    run_id: str
+    requested_at: int
+    reason: str | None = None
+    reply_to: ReplyTo | None = None
+
+
+class QueryRun(Record):
+    """Asks about a run; ``RESULT`` is answered when the run has ended."""
+
+    run_id: str
+    what: Query
+    reply_to: ReplyTo
+    from_seq: int = 1
+    token: str | None = None
+
+
+class StepRequest(Record):
+    """One attempt of a step, for a worker of its queue. ``timeout`` is in milliseconds."""
+
+    run_id: str
+    step_id: str
+    step: str
+    attempt: int
+    fingerprint: str
+    input: Payload
+    workflow: str
+    workflow_started_at: int
+    scheduled_at: int
+    timeout: int | None = None
+
+
+class StepSucceeded(Record):
+    """An attempt returned."""
+
+    result: Payload
+
+
+class StepFailed(Record):
+    """An attempt raised. ``retry_after`` in milliseconds; ``fatal`` forbids a retry."""
+
+    error: Error
+    retry_after: int | None = None
+    fatal: bool = False
+
+
+class StreamWritten(Record):
+    """What one execution of a step wrote to one stream."""
+
+    namespace: str
+    writer: str
+    partition: int
+    first_offset: int
+    chunks: int
+
+
+class StepResult(Record):
+    """How an attempt ended."""
+
+    run_id: str
+    step_id: str
+    attempt: int
+    fingerprint: str
+    outcome: StepSucceeded | StepFailed
+    started_at: int
+    finished_at: int
+    worker: str
+    streams: tuple[StreamWritten, ...] = ()
+
+
+class StepHeartbeat(Record):
+    """A worker still runs this attempt, and will say so again before ``lease_until``."""
+
+    run_id: str
+    step_id: str
+    attempt: int
+    worker: str
+    started_at: int
+    lease_until: int
+    details: Payload | None = None
+
+
+class StepClaim(Record):
+    """A worker asks whether an attempt that it found in its queue is still to be run."""
+
+    run_id: str
+    step_id: str
+    attempt: int
+    worker: str
+    reply_to: ReplyTo
+
+
+class RunSummary(Record):
+    """The latest state of a run; on the compacted topic ``runs``."""
+
+    run_id: str
+    workflow: str
+    status: RunStatus
+    created_at: int
+    events: int
+    attributes: dict[str, str] = {}
+    parent: Parent | None = None
+    started_at: int | None = None
+    completed_at: int | None = None
+    error: Error | None = None
+    code_version: str | None = None
+
+
+class Reply(Record):
+    """An answer to a command or a claim."""
+
+    request_id: str
+    run_id: str | None = None
+    status: ReplyStatus = "OK"
+    message: str | None = None
+    existing: bool = False
+    summary: RunSummary | None = None
+    result: Payload | None = None
+    events: tuple[bytes, ...] = ()
+    next_seq: int | None = None
+    claim: ClaimAnswer | None = None
+    execution: int = 0
+
+
+class StreamChunk(Record):
+    """One piece of a stream. An END with an empty namespace closes every stream of the run."""
+
+    run_id: str
+    namespace: str
+    writer: str
+    n: int
+    kind: ChunkKind
+    at: int
+    payload: Payload | None = None
+
+
+class DeadLetter(Record):
+    """A record that could not be handled, as it was found."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    reason: str
+    component: str
+    at: int
+
+
+class ClaimToken(Record):
+    """A run asks the owner of a custom token for it."""
+
+    token: str
+    run_id: str
+    hook_id: str
+
+
+class TokenGranted(ClaimToken):
+    """The owner's yes."""
+
+
+class TokenRefused(ClaimToken):
+    """The owner's no: who holds it."""
+
+    holder_run_id: str
+
+
+class ReleaseToken(ClaimToken):
+    """A holder gives a token back; applies to this holder only."""
+
+
+class HookDelivery(ClaimToken):
+    """A payload on its way from a custom token's owner to the run's."""
+
+    resume_id: str
+    payload: Payload
+    reply_to: ReplyTo | None = None
+
+
+class ChildFinished(Record):
+    """A child run has ended."""
+
+    run_id: str
+    correlation_id: str
+    child_run_id: str
+    status: RunStatus
+    result: Payload | None = None
+    error: Error | None = None
+
+
+class Event(Record):
+    """One entry of a run's log. ``seq`` is dense from 1 within the run."""
+
+    run_id: str
+    seq: int
+    type: str
+    at: int
+    data: EventData
+    correlation_id: str | None = None

@@ -1,0 +1,648 @@
+"""The broker port over Kafka, by confluent-kafka. Thin: the semantics are Kafka's own."""
+
+# librdkafka names its own errors with a leading underscore; they are public.
+# ruff: noqa: SLF001
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import confluent_kafka as ck
+from confluent_kafka import (
+    ConsumerGroupTopicPartitions,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # it re-exports them without saying so
+    AdminClient,
+    ConfigResource,
+    NewTopic,
+    OffsetSpec,
+)
+
+from durably.broker.kafka_properties import KafkaProperties, log
+from durably.broker.port import TP, Committed, End, Message, TopicState
+from durably.errors import BrokerError, BrokerUnreachable, Fenced, RecordTooLarge, UnknownTopic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from concurrent.futures import Future
+
+    from durably_schemas.catalogue import Topic
+
+    from durably.broker.port import Headers, Listener, OnAck
+
+UNREACHABLE_AFTER = 10.0
+"""Seconds after which a broker that answers no question about its topics counts as unreachable."""
+LET_GO = 5.0
+"""Seconds that closing a handle may take when the broker does not answer."""
+
+_FENCED = {
+    KafkaError._FENCED, KafkaError.INVALID_PRODUCER_EPOCH, KafkaError.PRODUCER_FENCED,
+    KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.FENCED_INSTANCE_ID,
+    KafkaError.REBALANCE_IN_PROGRESS, KafkaError.STALE_MEMBER_EPOCH, KafkaError.FENCED_MEMBER_EPOCH,
+}  # fmt: skip
+_SILENT = {
+    KafkaError._TIMED_OUT, KafkaError._TIMED_OUT_QUEUE, KafkaError._MSG_TIMED_OUT, KafkaError._TRANSPORT,
+    KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError.REQUEST_TIMED_OUT,
+}  # fmt: skip
+_TOO_LARGE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE, KafkaError.INVALID_MSG_SIZE}
+_NO_TOPIC = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION,
+    KafkaError.UNKNOWN_TOPIC_ID,
+}  # fmt: skip
+_REFUSED = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED, KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._AUTHENTICATION, KafkaError._SSL,
+}  # fmt: skip
+# What heals by itself while one goes on polling. _MAX_POLL_EXCEEDED is followed by on_lost and a new assignment.
+_PASSING = _SILENT | {
+    KafkaError._MAX_POLL_EXCEEDED, KafkaError._WAIT_COORD, KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.NOT_COORDINATOR, KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError.LEADER_NOT_AVAILABLE, KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.OFFSET_OUT_OF_RANGE,
+}  # fmt: skip
+
+
+_LATEST: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+_EARLIEST: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
+
+
+def _kafka(tps: Iterable[TP]) -> list[TopicPartition]:
+    return [TopicPartition(topic, partition) for topic, partition in tps]
+
+
+def _positions(positions: Mapping[TP, int]) -> list[TopicPartition]:
+    return [TopicPartition(topic, partition, offset) for (topic, partition), offset in positions.items()]
+
+
+def _offsets(offsets: Mapping[TP, Committed]) -> list[TopicPartition]:
+    return [TopicPartition(tp.topic, tp.partition, at.offset, at.metadata) for tp, at in offsets.items()]
+
+
+class _Errors:
+    """Turns librdkafka's errors into ours."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def of(self, error: KafkaError, doing: str) -> BrokerError:
+        """Ours for one of librdkafka's; ``doing`` completes "while ..."."""
+        code, said = error.code(), f"{error.str()} [{error.name()}]"
+        if code in _FENCED:
+            return Fenced(f"another process took over while {doing}, which did not happen: {said}")
+        if code in _SILENT:
+            return BrokerUnreachable(
+                f"no answer from Kafka at {self.address} while {doing}: check that it runs there, that this machine "
+                f"reaches it, and its security settings ({said})"
+            )
+        if code in _TOO_LARGE:
+            return RecordTooLarge(
+                f"a record is too large for Kafka at {self.address} while {doing}: pass a reference to the data, or "
+                f"raise max.message.bytes of the topic and the Kafka property message.max.bytes ({said})"
+            )
+        if code in _NO_TOPIC:
+            return UnknownTopic(
+                f"a topic or partition is missing at {self.address} while {doing}: create it with "
+                f"'durably topics create' ({said})"
+            )
+        if code in _REFUSED:
+            return BrokerError(
+                f"Kafka at {self.address} refuses {doing}: check the user, its password or certificate, and its ACLs "
+                f"({said})"
+            )
+        return BrokerError(f"Kafka at {self.address} failed while {doing}: {said}")
+
+    def raised(self, error: KafkaException, doing: str) -> BrokerError:
+        """Ours for an exception of the client."""
+        return self.of(error.args[0], doing)
+
+
+def _quiet(error: KafkaError) -> None:
+    # A handle's errors that no call of it raises: lost connections above all. What lasts fails a call.
+    log.warning("%s", error.str())
+
+
+def _bounded(close: Callable[[], object], what: str) -> None:
+    """Runs ``close``, which waits for a broker that may not answer, and abandons it after a while."""
+
+    def run() -> None:
+        try:
+            close()
+        except KafkaException as error:
+            # A fenced producer cannot abort what its successor has aborted.
+            log.debug("%s: %s", what, error)
+
+    thread = threading.Thread(target=run, name=f"close {what}", daemon=True)
+    thread.start()
+    thread.join(LET_GO)
+    if thread.is_alive():
+        log.warning("%s is abandoned: it did not close within %.0f s", what, LET_GO)
+
+
+class _Producing:
+    """What plain and transactional producers share: handing records over."""
+
+    def __init__(self, broker: KafkaBroker, properties: dict[str, Any]) -> None:
+        self._broker = broker
+        self._errors = broker.errors
+        self._known: set[str] = set()
+        self._client = ck.Producer({**properties, "error_cb": _quiet})
+
+    def send(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        partition: int | None = None,
+        headers: Headers = (),
+        on_ack: OnAck | None = None,
+    ) -> None:
+        """See `Producer.send`."""
+        if topic not in self._known:
+            # Asked first, because a broker may be set to create what a producer names.
+            if not self._broker.partitions(topic):
+                raise self._broker.missing(topic)
+            self._known.add(topic)
+        delivered: Callable[[KafkaError | None, ck.Message], None] | None = None
+        if on_ack is not None:
+            errors, told = self._errors, on_ack
+
+            def delivered(error: KafkaError | None, record: ck.Message) -> None:
+                if error is None:
+                    told(None, record.offset() or 0)
+                else:
+                    told(errors.of(error, f"writing to {topic}"), -1)
+
+        try:
+            self._client.produce(
+                topic,
+                value,
+                key,
+                -1 if partition is None else partition,
+                delivered,
+                headers=list(headers) if headers else None,
+            )
+        except KafkaException as error:
+            raise self._failure(error, f"writing to {topic}") from error
+        except BufferError as error:
+            raise BrokerError(
+                f"Kafka at {self._broker.address} takes records more slowly than they come: 1 GB of them waits"
+            ) from error
+
+    def _failure(self, error: KafkaException, doing: str) -> BrokerError:
+        return self._errors.raised(error, doing)
+
+
+class KafkaProducer(_Producing):
+    """A plain idempotent producer."""
+
+    def poll(self, timeout: float = 0) -> None:
+        """See `Producer.poll`."""
+        self._client.poll(timeout)
+
+    def flush(self, timeout: float) -> int:
+        """See `Producer.flush`."""
+        return self._client.flush(timeout)
+
+    def close(self) -> None:
+        """See `Producer.close`."""
+        if left := self._client.flush(LET_GO):
+            log.warning("%d records were not acknowledged within %.0f s and may be lost", left, LET_GO)
+            # Their callbacks run, with an error, in the flush.
+            self._client.purge()
+            self._client.flush(0)
+        _bounded(self._client.close, "a producer")
+
+
+class KafkaTransactions(_Producing):
+    """A transactional producer."""
+
+    def __init__(self, broker: KafkaBroker, transactional_id: str, timeout: float) -> None:
+        super().__init__(broker, broker.properties.transactions(transactional_id, timeout))
+        self._id = transactional_id
+        self._first: BrokerError | None = None
+
+    def _failure(self, error: KafkaException, doing: str) -> BrokerError:
+        # After a fatal error every call answers _FATAL; the first one says what it was.
+        failure = self._errors.raised(error, f"{doing} as {self._id!r}")
+        if error.args[0].code() == KafkaError._FATAL and self._first is not None:
+            return type(self._first)(*self._first.args)
+        if error.args[0].fatal():
+            self._first = failure
+        return failure
+
+    def init(self, timeout: float) -> None:
+        """See `Transactions.init`."""
+        try:
+            self._client.init_transactions(timeout)
+        except KafkaException as error:
+            raise self._failure(error, "resolving what a predecessor left open") from error
+
+    def begin(self) -> None:
+        """See `Transactions.begin`."""
+        try:
+            self._client.begin_transaction()
+        except KafkaException as error:
+            raise self._failure(error, "beginning a transaction") from error
+
+    def commit(self, offsets: Mapping[TP, Committed], group: object, timeout: float) -> None:
+        """See `Transactions.commit`."""
+        until = time.monotonic() + timeout
+        try:
+            # The records are on their way since `send`; this goes out beside them.
+            if offsets:
+                self._client.send_offsets_to_transaction(_offsets(offsets), group, timeout)
+            self._client.commit_transaction(max(0.0, until - time.monotonic()))
+        except KafkaException as error:
+            raise self._failure(error, "committing a transaction") from error
+
+    def close(self) -> None:
+        """See `Transactions.close`."""
+        # Aborts what is open, if the broker answers; else the next `init` with this id does.
+        self._client.purge()
+        _bounded(self._client.close, f"the transactional producer {self._id!r}")
+
+
+class _Reading:
+    """What consumers and readers share: taking records."""
+
+    def __init__(self, broker: KafkaBroker, properties: dict[str, Any]) -> None:
+        self._errors = broker.errors
+        self._raise_next: BrokerError | None = None
+        self._client = ck.Consumer({**properties, "error_cb": _quiet})
+
+    def _take(self, timeout: float, limit: int) -> list[Message | End]:
+        if self._raise_next is not None:
+            failure, self._raise_next = self._raise_next, None
+            raise failure
+        try:
+            # consume(n, t) would wait for all n, or for all of t.
+            first = self._client.poll(timeout)
+            if first is None:
+                return []
+            records = [first, *self._client.consume(limit - 1, 0)] if limit > 1 else [first]
+        except KafkaException as error:
+            raise self._errors.raised(error, "reading") from error
+        new = tuple.__new__
+        taken: list[Message | End] = []
+        for record in records:
+            problem = record.error()
+            if problem is None:
+                headers = record.headers()
+                taken.append(
+                    new(
+                        Message,
+                        (
+                            record.topic(),
+                            record.partition(),
+                            record.offset(),
+                            record.timestamp()[1],
+                            record.key(),
+                            record.value(),
+                            tuple([(name, value or b"") for name, value in headers]) if headers else (),  # type: ignore[str-unpack]
+                        ),
+                    )
+                )
+            elif problem.code() == KafkaError._PARTITION_EOF:
+                taken.append(new(End, (record.topic(), record.partition(), record.offset())))
+            elif problem.code() in _PASSING and not problem.fatal():
+                log.warning("%s", problem.str())
+            else:
+                self._raise_next = self._errors.of(problem, f"reading {record.topic() or 'a topic'}")
+        if self._raise_next is not None and not taken:
+            failure, self._raise_next = self._raise_next, None
+            raise failure
+        return taken
+
+    def _reassign(self, positions: Sequence[TopicPartition], *, paused: bool) -> None:
+        # Assigning anew works in every state of a partition, where seek() wants it to be fetched already; and it
+        # makes librdkafka drop what it has fetched.
+        self._client.incremental_unassign(list(positions))
+        self._client.incremental_assign(list(positions))
+        if paused:
+            self._client.pause(list(positions))
+
+
+class KafkaConsumer(_Reading):
+    """A member of a group."""
+
+    def __init__(
+        self,
+        broker: KafkaBroker,
+        group: str,
+        topic: str,
+        listener: Listener,
+        companions: Sequence[str],
+        *,
+        paused: bool,
+        instance_id: str | None,
+    ) -> None:
+        super().__init__(broker, broker.properties.consumer(group, instance_id))
+        self._group = group
+        self._topics = (topic, *companions)
+        self._listener = listener
+        self._paused = paused
+        self._owned: set[int] = set()
+        self._gone: set[int] = set()
+        self._closed = False
+        self._client.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
+
+    def _all(self, partitions: Iterable[int]) -> list[TopicPartition]:
+        return [TopicPartition(topic, partition) for partition in partitions for topic in self._topics]
+
+    def _assigned(self, client: ck.Consumer, tps: list[TopicPartition]) -> None:
+        partitions = [tp.partition for tp in tps]
+        if self._closed or not partitions:
+            return
+        mine = self._all(partitions)
+        client.incremental_assign(mine)
+        # A pause outlives an assignment: a partition that comes back would still be paused by its last stay.
+        (client.pause if self._paused else client.resume)(mine)
+        self._owned.update(partitions)
+        self._listener.on_assigned(partitions)
+
+    def _revoked(self, client: ck.Consumer, tps: list[TopicPartition]) -> None:
+        self._left(client, tps, self._listener.on_revoked)
+
+    def _lost(self, client: ck.Consumer, tps: list[TopicPartition]) -> None:
+        self._left(client, tps, self._listener.on_lost)
+
+    def _left(self, client: ck.Consumer, tps: list[TopicPartition], tell: Callable[[Sequence[int]], None]) -> None:
+        # librdkafka names the companions too where it revokes all that is assigned.
+        partitions = sorted({tp.partition for tp in tps} & self._owned)
+        if self._closed or not partitions:
+            return
+        self._gone.update(partitions)
+        try:
+            tell(partitions)
+        finally:
+            self._owned.difference_update(partitions)
+            client.incremental_unassign(self._all(partitions))
+
+    def poll(self, timeout: float, limit: int = 500) -> list[Message | End]:
+        """See `Consumer.poll`."""
+        self._gone.clear()
+        taken = self._take(timeout, limit)
+        # A rebalance may come between the records of one call: those before it are no longer ours.
+        return [record for record in taken if record[1] in self._owned] if self._gone else taken
+
+    def group_metadata(self) -> object:
+        """See `Consumer.group_metadata`."""
+        return self._client.consumer_group_metadata()
+
+    def committed(self, tps: Iterable[TP], timeout: float) -> dict[TP, Committed]:
+        """See `Consumer.committed`. With read_committed librdkafka asks for stable offsets (KIP-447)."""
+        doing = f"reading the offsets of group {self._group!r}, or a transaction is still open"
+        try:
+            found = self._client.committed(_kafka(tps), timeout)
+        except KafkaException as error:
+            raise self._errors.raised(error, doing) from error
+        answer = {}
+        for tp in found:
+            if tp.error is not None:
+                raise self._errors.of(tp.error, doing)
+            answer[TP(tp.topic, tp.partition)] = Committed(max(tp.offset, -1), tp.metadata or "")
+        return answer
+
+    def rewind(self, positions: Mapping[TP, int]) -> None:
+        """See `Consumer.rewind`."""
+        try:
+            self._reassign(_positions(positions), paused=True)
+        except KafkaException as error:
+            raise self._errors.raised(error, f"rewinding {sorted(positions)}") from error
+
+    def pause(self, tps: Iterable[TP]) -> None:
+        """See `Consumer.pause`."""
+        try:
+            self._client.pause(_kafka(tps))
+        except KafkaException as error:
+            raise self._errors.raised(error, "pausing") from error
+
+    def resume(self, tps: Iterable[TP]) -> None:
+        """See `Consumer.resume`."""
+        try:
+            self._client.resume(_kafka(tps))
+        except KafkaException as error:
+            raise self._errors.raised(error, "resuming") from error
+
+    def commit(self, offsets: Mapping[TP, Committed], *, wait: bool = False) -> None:
+        """See `Consumer.commit`."""
+        if not offsets:
+            return
+        if self._closed:
+            raise Fenced(f"a member of group {self._group!r} has left it and commits nothing any more")
+        doing = f"committing offsets of group {self._group!r}"
+        try:
+            if not wait:
+                self._client.commit(offsets=_offsets(offsets), asynchronous=True)
+                return
+            done = self._client.commit(offsets=_offsets(offsets), asynchronous=False)
+        except KafkaException as error:
+            raise self._errors.raised(error, doing) from error
+        for tp in done:
+            if tp.error is not None:
+                raise self._errors.of(tp.error, doing)
+
+    def close(self) -> None:
+        """See `Consumer.close`."""
+        if self._closed:
+            return
+        if self._owned:
+            self._left(self._client, self._all(self._owned), self._listener.on_revoked)
+        self._closed = True
+        _bounded(self._client.close, f"a member of group {self._group!r}")
+
+
+class KafkaReader(_Reading):
+    """Reads given partitions."""
+
+    def __init__(self, broker: KafkaBroker, positions: Mapping[TP, int], *, committed: bool) -> None:
+        super().__init__(broker, broker.properties.reader(committed=committed))
+        self._assigned = set(positions)
+        self._client.incremental_assign(_positions(positions))
+
+    def poll(self, timeout: float, limit: int = 500) -> list[Message | End]:
+        """See `Reader.poll`."""
+        return self._take(timeout, limit)
+
+    def seek(self, tp: TP, offset: int) -> None:
+        """See `Reader.seek`."""
+        position = _positions({tp: offset})
+        if tp in self._assigned:
+            self._reassign(position, paused=False)
+        else:
+            self._assigned.add(tp)
+            self._client.incremental_assign(position)
+
+    def close(self) -> None:
+        """See `Reader.close`."""
+        _bounded(self._client.close, "a reader")
+
+
+class KafkaBroker:
+    """A Kafka cluster.
+
+    Args:
+        address: ``host:port``, with further brokers after commas.
+        kafka: properties of librdkafka that the user adds or changes.
+
+    Raises:
+        ConfigurationError: an address or property is not as it must be.
+    """
+
+    def __init__(self, address: str, kafka: Mapping[str, str]) -> None:
+        self.properties = KafkaProperties(address, kafka)
+        self.address = self.properties.address
+        self.url = f"kafka://{self.address}"
+        self.max_record_bytes = self.properties.max_record_bytes
+        self.errors = _Errors(self.address)
+        self._counts: dict[str, int] = {}
+        self._admin = AdminClient(self.properties.admin() | {"error_cb": _quiet})
+
+    def missing(self, topic: str) -> UnknownTopic:
+        """The error for a topic that does not exist."""
+        return UnknownTopic(f"topic {topic!r} does not exist at {self.address}: create it with 'durably topics create'")
+
+    def _done(self, future: Future[Any], doing: str) -> Any:
+        try:
+            return future.result()
+        except KafkaException as error:
+            raise self.errors.raised(error, doing) from error
+
+    def producer(self) -> KafkaProducer:
+        """See `Broker.producer`."""
+        return KafkaProducer(self, self.properties.producer())
+
+    def transactions(self, transactional_id: str, timeout: float = 15) -> KafkaTransactions:
+        """See `Broker.transactions`."""
+        return KafkaTransactions(self, transactional_id, timeout)
+
+    def consumer(
+        self,
+        group: str,
+        topic: str,
+        listener: Listener,
+        *,
+        companions: Sequence[str] = (),
+        paused: bool = False,
+        instance_id: str | None = None,
+    ) -> KafkaConsumer:
+        """See `Broker.consumer`."""
+        return KafkaConsumer(self, group, topic, listener, companions, paused=paused, instance_id=instance_id)
+
+    def reader(self, positions: Mapping[TP, int], *, committed: bool = True) -> KafkaReader:
+        """See `Broker.reader`."""
+        return KafkaReader(self, positions, committed=committed)
+
+    def _list(self, tps: Iterable[TP], spec: OffsetSpec, level: IsolationLevel, timeout: float) -> dict[TP, int]:
+        asked = dict.fromkeys(_kafka(tps), spec)
+        if not asked:
+            return {}
+        futures = self._admin.list_offsets(asked, isolation_level=level, request_timeout=timeout)
+        return {
+            TP(tp.topic, tp.partition): self._done(future, f"asking for the offsets of {tp.topic}").offset
+            for tp, future in futures.items()
+        }
+
+    def end_offsets(self, tps: Iterable[TP], *, committed: bool = False, timeout: float = 30) -> dict[TP, int]:
+        """See `Broker.end_offsets`."""
+        level = IsolationLevel.READ_COMMITTED if committed else IsolationLevel.READ_UNCOMMITTED
+        return self._list(tps, _LATEST, level, timeout)
+
+    def start_offsets(self, tps: Iterable[TP], *, timeout: float = 30) -> dict[TP, int]:
+        """See `Broker.start_offsets`."""
+        return self._list(tps, _EARLIEST, IsolationLevel.READ_UNCOMMITTED, timeout)
+
+    def offsets_at(self, tps: Iterable[TP], timestamp: int, *, timeout: float = 30) -> dict[TP, int]:
+        """See `Broker.offsets_at`."""
+        found = self._list(tps, OffsetSpec.for_timestamp(timestamp), IsolationLevel.READ_UNCOMMITTED, timeout)
+        later = [tp for tp, offset in found.items() if offset < 0]
+        return found | self.end_offsets(later, timeout=timeout)
+
+    def partitions(self, topic: str, timeout: float = 10) -> int:
+        """See `Broker.partitions`."""
+        count = self._counts.get(topic)
+        return self._count([topic], timeout).get(topic, 0) if count is None else count
+
+    def group_metadata_of(self, group: str, tps: Iterable[TP], timeout: float = 30) -> dict[TP, str]:
+        """See `Broker.group_metadata_of`."""
+        asked = [ConsumerGroupTopicPartitions(group, _kafka(tps))]
+        future = self._admin.list_consumer_group_offsets(asked, require_stable=False, request_timeout=timeout)[group]
+        doing = f"reading the offsets of group {group!r}"
+        answer = {}
+        for tp in self._done(future, doing).topic_partitions:
+            if tp.error is not None:
+                raise self.errors.of(tp.error, doing)
+            answer[TP(tp.topic, tp.partition)] = tp.metadata or ""
+        return answer
+
+    def _count(self, names: Sequence[str], timeout: float) -> dict[str, int]:
+        futures = self._admin.describe_topics(
+            TopicCollection(list(names)), request_timeout=min(timeout, UNREACHABLE_AFTER)
+        )
+        counts = {}
+        for name, future in futures.items():
+            try:
+                counts[name] = len(self._done(future, f"asking about topic {name}").partitions)
+            except UnknownTopic:
+                continue
+        self._counts |= counts
+        return counts
+
+    def describe(self, names: Iterable[str], timeout: float = 30) -> dict[str, TopicState]:
+        """See `Broker.describe`."""
+        wanted = list(dict.fromkeys(names))
+        counts = self._count(wanted, timeout) if wanted else {}
+        if not counts:
+            return {}
+        resources = [ConfigResource(ConfigResource.Type.TOPIC, name) for name in counts]
+        futures = self._admin.describe_configs(resources, request_timeout=timeout)
+        return {
+            resource.name: TopicState(
+                counts[resource.name],
+                {
+                    name: entry.value
+                    for name, entry in self._done(future, f"asking about topic {resource.name}").items()
+                    if entry.value is not None
+                },
+            )
+            for resource, future in futures.items()
+        }
+
+    def topics(self, timeout: float = 30) -> list[str]:
+        """See `Broker.topics`."""
+        try:
+            return sorted(self._admin.list_topics(timeout=min(timeout, UNREACHABLE_AFTER)).topics)
+        except KafkaException as error:
+            raise self.errors.raised(error, "asking for its topics") from error
+
+    def create(self, topics: Iterable[Topic], timeout: float = 30) -> None:
+        """See `Broker.create`. The replication factor is the broker's ``default.replication.factor``."""
+        until = time.monotonic() + timeout
+        wanted = [NewTopic(t.name, t.partitions, -1, config=dict(t.config)) for t in topics]
+        if not wanted:
+            return
+        for name, future in self._admin.create_topics(wanted, request_timeout=timeout).items():
+            try:
+                future.result()
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                    raise self.errors.raised(error, f"creating topic {name}") from error
+        # The controller has them; a broker hears of them a moment later.
+        names = [topic.topic for topic in wanted]
+        while len(self._count(names, timeout)) < len(names):
+            if time.monotonic() > until:
+                raise BrokerUnreachable(f"Kafka at {self.address} does not show all of {names} within {timeout:.0f} s")
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """See `Broker.close`."""
+        self._counts.clear()
+        admin = self._admin
+        _bounded(lambda: admin.__exit__(None, None, None), "the connection")

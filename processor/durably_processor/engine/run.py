@@ -1,0 +1,328 @@
+"""One run: takes one input, answers with the events to append and the requests to hand out.
+
+What each input does, by the state that it finds (anything else is a duplicate or too late, and changes nothing):
+
+    start               no such run             run_created, run_started, commands
+    step result         step scheduled/leased   step_started, step_completed | step_failed, commands
+                                                step_started, step_retrying
+    heartbeat           step scheduled          step_started with a lease;  leased: the lease is extended
+    claim               step scheduled          step_started, answer OPEN;  leased: LEASED;  else: DONE
+    cancel              running                 run_cancelling, commands;  pending or blocked: run_cancelled
+    timer of a wait     open                    wait_completed, commands
+    timer of a step     backoff, scheduled      step_scheduled and a request
+                        leased                  step_retrying | step_failed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+from durably.errors import StepTimeoutError, WorkerLostError
+from durably.failures import to_error
+from durably_schemas import events as ev
+from durably_schemas import records as rec
+from durably_schemas.records import ClaimAnswer, Error, Event
+
+from durably_processor.engine.execution import Blocked, Command, Environment, Execution, replay
+from durably_processor.engine.state import START, OpenStep, OpenWait, RunState, created
+
+CRASHES_TOLERATED = 3
+"""A step's attempt may be handed out again this often beyond its retries before it counts as deadly."""
+
+
+class Outcome(msgspec.Struct):
+    """What one input makes of a run."""
+
+    events: list[Event] = []
+    requests: list[tuple[str, rec.StepRequest]] = []  # with their queue
+
+
+class Run:
+    """One run's state and, while it is live, its execution.
+
+    Args:
+        state: derived from all events that the log has.
+        environment: see `Environment`.
+        history: the run's log, from the first event on; asked for only while every event is in it.
+    """
+
+    __slots__ = ("_environment", "_execution", "_history", "_out", "state")
+
+    def __init__(self, state: RunState, environment: Environment, history: Callable[[], Iterable[Event]]) -> None:
+        self.state = state
+        self._environment = environment
+        self._history = history
+        self._execution: Execution | None = None
+        self._out = Outcome()
+
+    @property
+    def live(self) -> bool:
+        """Its coroutine is in memory."""
+        return self._execution is not None
+
+    def evict(self) -> None:
+        """Drops the coroutine; the next delivery brings it back by replay."""
+        if self._execution is not None:
+            self._execution.close()
+            self._execution = None
+
+    # -- inputs ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def start(
+        cls,
+        command: rec.StartRun,
+        at: int,
+        environment: Environment,
+        history: Callable[[], Iterable[Event]],
+        traceparent: str | None = None,
+        obstacle: BaseException | None = None,
+    ) -> tuple[Run, Outcome]:
+        """A new run; with an ``obstacle`` it is created blocked."""
+        data = ev.RunCreated(
+            workflow=command.workflow,
+            input=command.input,
+            attributes=command.attributes,
+            parent=command.parent,
+            start_at=command.start_at,
+            traceparent=traceparent,
+        )
+        first = ev.event(command.run_id, 1, at, data)
+        run = cls(created(first), environment, history)
+        run.state.apply(first)
+        run._out.events.append(first)
+        try:
+            if obstacle is not None:
+                raise Blocked(to_error(obstacle))
+            run._execution = Execution(command.run_id, data, environment)
+        except Blocked as e:
+            run._emit(e.data, at)
+        if START not in run.state.items:
+            run._begin(at)
+        return run, run._answer()
+
+    def result(self, record: rec.StepResult, at: int) -> Outcome:
+        """A worker's answer. Only that to the attempt and the work that the step waits for counts."""
+        step = self.state.step(record.step_id)
+        if (
+            step is None
+            or step.attempt != record.attempt
+            or step.fingerprint != record.fingerprint
+            or step.status == "backoff"
+        ):
+            return self._answer()
+        at = self._clamp(at)
+        if step.started != record.attempt:
+            started = ev.StepStarted(attempt=record.attempt, worker=record.worker, started_at=record.started_at)
+            self._emit(started, at, record.step_id)
+        outcome = record.outcome
+        if isinstance(outcome, rec.StepSucceeded):
+            done = ev.StepCompleted(attempt=record.attempt, result=outcome.result, streams=record.streams)
+            self._deliver(done, at, record.step_id)
+        else:
+            self._attempt_failed(record.step_id, step, at, outcome.error, outcome.retry_after, fatal=outcome.fatal)
+        return self._answer()
+
+    def heartbeat(self, record: rec.StepHeartbeat, at: int) -> Outcome:
+        """A worker still runs an attempt: it becomes, or stays, a lease."""
+        step = self.state.step(record.step_id)
+        if step is None or step.attempt != record.attempt or step.status == "backoff":
+            return self._answer()
+        if step.status == "leased":
+            self.state.extend_lease(record.step_id, step, record.lease_until)
+        else:
+            started = ev.StepStarted(
+                attempt=record.attempt,
+                worker=record.worker,
+                started_at=record.started_at,
+                lease_until=record.lease_until,
+                execution=step.executions,
+            )
+            self._emit(started, self._clamp(at), record.step_id)
+        return self._answer()
+
+    def claim(self, record: rec.StepClaim, at: int) -> tuple[Outcome, ClaimAnswer, int]:
+        """A worker found a request that may have been answered before: (outcome, answer, number of the execution)."""
+        step = self.state.step(record.step_id)
+        if step is None or step.attempt != record.attempt or step.status == "backoff":
+            return self._answer(), "DONE", 0
+        if step.status == "leased":
+            return self._answer(), "LEASED", step.executions
+        at = self._clamp(at)
+        if step.claimed_by != record.reply_to.request_id:  # else it asks again, and hears the same again
+            if step.executions > step.max_retries + CRASHES_TOLERATED:
+                lost = WorkerLostError(f"{step.executions} workers died while they ran step {step.step!r}")
+                self._attempt_failed(record.step_id, step, at, to_error(lost), None, fatal=True)
+                return self._answer(), "DONE", 0
+            execution = step.executions + 1
+            started = ev.StepStarted(attempt=step.attempt, worker=record.worker, started_at=at, execution=execution)
+            self._emit(started, at, record.step_id)
+            step.claimed_by = record.reply_to.request_id
+        return self._answer(), "OPEN", step.executions
+
+    def cancel(self, reason: str | None, at: int) -> Outcome:
+        """Delivers a cancellation, once; a run that cannot take it is cancelled at once."""
+        header = self.state.header
+        if self.state.terminal or (header.cancelling and not header.blocked):
+            return self._answer()
+        at = self._clamp(at)
+        if header.status == "pending" or header.blocked:
+            self._emit(ev.RunCancelled(reason=reason), at)
+            self.evict()
+            return self._answer()
+        self._deliver(ev.RunCancelling(reason=reason), at)
+        if header.blocked:  # its history turned out not to be replayable just now
+            self._emit(ev.RunCancelled(reason=reason), at)
+        return self._answer()
+
+    def timer(self, correlation_id: str, due: int) -> Outcome:
+        """The time of an open item has come; a timer that was moved or closed in the meantime does nothing."""
+        item = self.state.items.get(correlation_id)
+        if item is None or item.due != due:
+            return self._answer()
+        at = self._clamp(due)
+        if isinstance(item, OpenWait):
+            if correlation_id == START:
+                self._begin(at)
+            else:
+                self._deliver(ev.WaitCompleted(), at, correlation_id)
+        elif item.status == "leased":
+            self._attempt_failed(correlation_id, item, at, _silence(item, at), 0)
+        else:
+            self._emit(ev.StepScheduled(attempt=item.attempt), at, correlation_id)
+            self._request(correlation_id, item, at)
+        return self._answer()
+
+    def block(self, error: BaseException) -> Outcome:
+        """Stops a run that its processor cannot take further, for a reason that its own code did not give."""
+        if not self.state.terminal and not self.state.header.blocked:
+            self.evict()
+            self._emit(ev.RunBlocked(error=to_error(error)), self.state.header.at)
+        return self._answer()
+
+    def unblock(self) -> Outcome:
+        """Tries a blocked run with the code that there is now. No events: it stays blocked."""
+        header = self.state.header
+        try:
+            execution, pending, backlog = replay(self._history(), self._environment)
+        except Blocked:
+            return self._answer()
+        commands: list[Command] = list(pending)
+        try:
+            for delivery in backlog:
+                commands.extend(execution.deliver(delivery))
+        except Blocked:
+            execution.close()
+            return self._answer()
+        self._execution = execution
+        self._emit(ev.RunUnblocked(code_version=self._environment.code_version), header.at)
+        self._record(commands, header.at)
+        if header.status == "pending" and START not in self.state.items:
+            self._begin(header.at)
+        return self._answer()
+
+    # -- how they work ---------------------------------------------------------------------------------------------
+
+    def _answer(self) -> Outcome:
+        out, self._out = self._out, Outcome()
+        return out
+
+    def _clamp(self, at: int) -> int:
+        # An input's time is its record's; a run's own time never goes back, whichever clocks the records came from.
+        return max(at, self.state.header.at)
+
+    def _emit(self, data: ev.EventData, at: int, correlation_id: str | None = None) -> Event:
+        event = ev.event(self.state.header.run_id, self.state.header.seq + 1, at, data, correlation_id)
+        self.state.apply(event)
+        self._out.events.append(event)
+        return event
+
+    def _begin(self, at: int) -> None:
+        if self.state.header.blocked:
+            return
+        self._deliver(ev.RunStarted(code_version=self._environment.code_version), at)
+
+    def _deliver(self, data: ev.EventData, at: int, correlation_id: str | None = None) -> None:
+        """Records what the workflow waits for and lets it go on. A blocked run only records it."""
+        self._revive()
+        event = self._emit(data, at, correlation_id)
+        if self._execution is None:
+            return
+        try:
+            commands = self._execution.deliver(event)
+        except Blocked as e:
+            self.evict()
+            self._emit(e.data, at)
+        else:
+            self._record(commands, at)
+
+    def _revive(self) -> None:
+        """Brings the execution back before an input is recorded; where that fails, the run is blocked."""
+        if self._execution is not None or self.state.header.blocked:
+            return
+        try:
+            self._execution = replay(self._history(), self._environment).execution
+        except Blocked as e:
+            self._emit(e.data, self.state.header.at)
+
+    def _record(self, commands: Sequence[Command], at: int) -> None:
+        for data, correlation_id in commands:
+            self._emit(data, at, correlation_id)
+            if isinstance(data, ev.StepCreated):
+                assert correlation_id is not None
+                step = self.state.step(correlation_id)
+                if step is not None:
+                    self._request(correlation_id, step, at)
+        if self.state.terminal:
+            self.evict()
+
+    def _request(self, step_id: str, step: OpenStep, at: int) -> None:
+        header = self.state.header
+        payload = self.state.inputs.get(step_id)
+        if payload is None:
+            payload = self.state.inputs[step_id] = self._recall(step)
+        request = rec.StepRequest(
+            run_id=header.run_id,
+            step_id=step_id,
+            step=step.step,
+            attempt=step.attempt,
+            fingerprint=step.fingerprint,
+            input=payload,
+            workflow=header.workflow,
+            workflow_started_at=header.started_at or header.created_at,
+            scheduled_at=at,
+            timeout=step.timeout,
+        )
+        self._out.requests.append((step.queue, request))
+
+    def _recall(self, step: OpenStep) -> rec.Payload:
+        for event in self._history():
+            if event.seq == step.seq:
+                assert isinstance(event.data, ev.StepCreated), event
+                return event.data.input
+        raise LookupError(f"event {step.seq} is not in the log of {self.state.header.run_id}")
+
+    def _attempt_failed(
+        self, step_id: str, step: OpenStep, at: int, error: Error, retry_after: int | None, *, fatal: bool = False
+    ) -> None:
+        if fatal or step.attempt > step.max_retries:
+            self._deliver(ev.StepFailed(attempt=step.attempt, error=error), at, step_id)
+            return
+        delay = retry_after if retry_after is not None else _delay(step.backoff, step.attempt)
+        self._emit(ev.StepRetrying(attempt=step.attempt + 1, error=error, retry_at=at + delay), at, step_id)
+
+
+def _delay(backoff: ev.Backoff, retry: int) -> int:
+    try:
+        return int(min(backoff.max_ms, backoff.initial_ms * backoff.factor ** (retry - 1)))
+    except OverflowError:
+        return backoff.max_ms
+
+
+def _silence(step: OpenStep, at: int) -> Error:
+    if step.timeout is not None and step.started_at is not None and at >= step.started_at + step.timeout:
+        return to_error(StepTimeoutError(f"step {step.step!r} took longer than its timeout of {step.timeout} ms"))
+    return to_error(WorkerLostError(f"worker {step.worker} fell silent while it ran step {step.step!r}"))
+
+

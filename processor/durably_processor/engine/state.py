@@ -1,0 +1,277 @@
+"""A run's state, derived from its events by one function, live and in recovery alike.
+
+    STEP     created ──> scheduled ──result──> closed
+                          │   ▲  │
+               heartbeat  ▼   │  └─failure──> backoff ──timer──> scheduled   (attempt + 1)
+                         leased ──lease over──> backoff
+    WAIT     created ──timer, or dropped by the workflow──> closed
+    RUN      pending ─> running ─> completed | failed | cancelled
+             any but the last three <─> blocked
+
+Every open item has exactly one timer, ``due``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from durably_schemas import events as ev
+from durably_schemas.records import TERMINAL, Error, Event, Parent, Payload, RunStatus, RunSummary
+
+REDISPATCH_MS = 3 * 24 * 60 * 60 * 1000
+"""A request that nobody answers is handed out again after this; shorter than the retention of ``requests``."""
+TIMEOUT_GRACE_MS = 5_000
+"""The worker enforces a step's timeout; when it does not, for this long, the processor does."""
+
+START = "start"
+"""The item that waits for a delayed start."""
+
+StepStatus = Literal["scheduled", "leased", "backoff"]
+
+
+class OpenStep(msgspec.Struct, tag="s"):
+    """A step without a result. ``input`` stays in memory only: the log has it at ``seq``."""
+
+    step: str
+    queue: str
+    seq: int
+    fingerprint: str
+    max_retries: int
+    backoff: ev.Backoff
+    timeout: int | None
+    due: int
+    status: StepStatus = "scheduled"
+    attempt: int = 1
+    started: int = 0  # the attempt that step_started has been written for
+    executions: int = 1
+    claimed_by: str | None = None
+    worker: str | None = None
+    started_at: int | None = None
+
+
+class OpenWait(msgspec.Struct, tag="w"):
+    """A sleep or a timeout."""
+
+    due: int
+
+
+OpenItem = OpenStep | OpenWait
+
+
+class Header(msgspec.Struct):
+    """What is kept of a run besides its open items."""
+
+    run_id: str
+    workflow: str
+    created_at: int
+    status: RunStatus = "pending"
+    seq: int = 0
+    at: int = 0  # of its latest event
+    attributes: dict[str, str] = {}
+    parent: Parent | None = None
+    started_at: int | None = None
+    completed_at: int | None = None
+    error: Error | None = None
+    code_version: str | None = None
+    cancelling: bool = False
+    cancel_reason: str | None = None
+    blocked: bool = False
+    streams: list[str] = []
+
+
+class RunState:
+    """The state of one run.
+
+    Attributes:
+        header: everything but the open items.
+        items: open steps and waits by correlation id.
+        inputs: of open steps, as far as they are in memory.
+        unsettled: how many open steps have a timer that may fire soon (backoff, lease).
+        waits: how many open items are waits.
+        touched: ids of the items that changed since this was last cleared.
+    """
+
+    __slots__ = ("header", "inputs", "items", "touched", "unsettled", "waits")
+
+    def __init__(self, header: Header, items: dict[str, OpenItem] | None = None) -> None:
+        self.header = header
+        self.items: dict[str, OpenItem] = items or {}
+        self.inputs: dict[str, Payload] = {}
+        self.touched: set[str] = set()
+        self.waits = sum(type(i) is OpenWait for i in self.items.values())
+        self.unsettled = sum(type(i) is OpenStep and i.status != "scheduled" for i in self.items.values())
+
+    @property
+    def terminal(self) -> bool:
+        """The run has ended."""
+        return self.header.status in TERMINAL
+
+    def summary(self) -> RunSummary:
+        """What the topic ``runs`` says of it."""
+        h = self.header
+        return RunSummary(
+            run_id=h.run_id,
+            workflow=h.workflow,
+            status="blocked" if h.blocked and not self.terminal else h.status,
+            attributes=h.attributes,
+            parent=h.parent,
+            created_at=h.created_at,
+            started_at=h.started_at,
+            completed_at=h.completed_at,
+            error=h.error,
+            code_version=h.code_version,
+            events=h.seq,
+        )
+
+    def apply(self, event: Event) -> None:
+        """Takes one event in. The event must be the next one: its seq follows the header's."""
+        h = self.header
+        h.seq, h.at = event.seq, event.at
+        _APPLY[type(event.data)](self, event, event.data)
+
+    # -- items -----------------------------------------------------------------------------------------------------
+
+    def _open(self, correlation_id: str, item: OpenItem) -> None:
+        self.items[correlation_id] = item
+        self.touched.add(correlation_id)
+        if type(item) is OpenWait:
+            self.waits += 1
+
+    def _close(self, correlation_id: str) -> None:
+        item = self.items.pop(correlation_id, None)
+        if item is None:
+            return
+        self.touched.add(correlation_id)
+        self.inputs.pop(correlation_id, None)
+        if type(item) is OpenWait:
+            self.waits -= 1
+        elif type(item) is OpenStep and item.status != "scheduled":
+            self.unsettled -= 1
+
+    def _turn(self, correlation_id: str, step: OpenStep, status: StepStatus, due: int) -> None:
+        self.unsettled += (status != "scheduled") - (step.status != "scheduled")
+        step.status, step.due = status, due
+        self.touched.add(correlation_id)
+
+    def step(self, correlation_id: str) -> OpenStep | None:
+        """The open step with this id."""
+        item = self.items.get(correlation_id)
+        return item if type(item) is OpenStep else None
+
+    def extend_lease(self, correlation_id: str, step: OpenStep, lease_until: int) -> None:
+        """A heartbeat. Not an event: what a crash forgets of it, the grace after a take-over makes good."""
+        step.due = _lease_due(step, lease_until)
+        self.touched.add(correlation_id)
+
+    # -- one function an event type --------------------------------------------------------------------------------
+
+    def _run_created(self, event: Event, data: ev.RunCreated) -> None:
+        h = self.header
+        h.attributes, h.parent = dict(data.attributes), data.parent
+        if data.start_at is not None and data.start_at > event.at:
+            self._open(START, OpenWait(due=data.start_at))
+
+    def _run_started(self, event: Event, data: ev.RunStarted) -> None:
+        h = self.header
+        h.status, h.started_at, h.code_version = "running", event.at, data.code_version
+        self._close(START)
+
+    def _end(self, event: Event, status: RunStatus, error: Error | None = None) -> None:
+        h = self.header
+        h.status, h.completed_at, h.error, h.blocked = status, event.at, error, False
+        for correlation_id in list(self.items):
+            self._close(correlation_id)
+
+    def _run_completed(self, event: Event, data: ev.RunCompleted) -> None:
+        self._end(event, "completed")
+
+    def _run_failed(self, event: Event, data: ev.RunFailed) -> None:
+        self._end(event, "failed", data.error)
+
+    def _run_cancelled(self, event: Event, data: ev.RunCancelled) -> None:
+        self.header.cancel_reason = data.reason
+        self._end(event, "cancelled")
+
+    def _run_cancelling(self, event: Event, data: ev.RunCancelling) -> None:
+        self.header.cancelling, self.header.cancel_reason = True, data.reason
+
+    def _run_blocked(self, event: Event, data: ev.RunBlocked) -> None:
+        self.header.blocked, self.header.error = True, data.error
+
+    def _run_unblocked(self, event: Event, data: ev.RunUnblocked) -> None:
+        h = self.header
+        h.blocked, h.error, h.code_version = False, None, data.code_version
+
+    def _step_created(self, event: Event, data: ev.StepCreated) -> None:
+        self.inputs[_id(event)] = data.input
+        step = OpenStep(
+            step=data.step,
+            queue=data.queue,
+            seq=event.seq,
+            fingerprint=data.fingerprint,
+            max_retries=data.max_retries,
+            backoff=data.backoff,
+            timeout=data.timeout,
+            due=event.at + REDISPATCH_MS,
+        )
+        self._open(_id(event), step)
+
+    def _step_started(self, event: Event, data: ev.StepStarted) -> None:
+        step = self.step(_id(event))
+        if step is None:
+            return
+        step.started, step.executions = data.attempt, data.execution
+        step.worker, step.started_at = data.worker, data.started_at
+        self.touched.add(_id(event))
+        if data.lease_until is not None:
+            self._turn(_id(event), step, "leased", _lease_due(step, data.lease_until))
+
+    def _step_scheduled(self, event: Event, data: ev.StepScheduled) -> None:
+        step = self.step(_id(event))
+        if step is not None:
+            self._turn(_id(event), step, "scheduled", event.at + REDISPATCH_MS)
+
+    def _step_retrying(self, event: Event, data: ev.StepRetrying) -> None:
+        step = self.step(_id(event))
+        if step is not None:
+            step.attempt, step.executions, step.claimed_by, step.started_at = data.attempt, 1, None, None
+            self._turn(_id(event), step, "backoff", data.retry_at)
+
+    def _step_completed(self, event: Event, data: ev.StepCompleted) -> None:
+        self._close(_id(event))
+        for written in data.streams:
+            if written.namespace not in self.header.streams:
+                self.header.streams = [*self.header.streams, written.namespace]
+
+    def _step_failed(self, event: Event, data: ev.StepFailed) -> None:
+        self._close(_id(event))
+
+    def _wait_created(self, event: Event, data: ev.WaitCreated) -> None:
+        self._open(_id(event), OpenWait(due=data.due_at))
+
+    def _wait_completed(self, event: Event, data: ev.WaitCompleted) -> None:
+        self._close(_id(event))
+
+
+def _id(event: Event) -> str:
+    assert event.correlation_id is not None, event
+    return event.correlation_id
+
+
+def _lease_due(step: OpenStep, lease_until: int) -> int:
+    if step.timeout is None or step.started_at is None:
+        return lease_until
+    return min(lease_until, step.started_at + step.timeout + TIMEOUT_GRACE_MS)
+
+
+_APPLY = {
+    cls: getattr(RunState, f"_{name}") for cls, name in ev.TYPE_OF.items() if hasattr(RunState, f"_{name}")
+}
+
+
+def created(event: Event) -> RunState:
+    """The state that a run_created event begins; the event itself is still to be applied."""
+    data = event.data
+    assert isinstance(data, ev.RunCreated), event
+    return RunState(Header(run_id=event.run_id, workflow=data.workflow, created_at=event.at))

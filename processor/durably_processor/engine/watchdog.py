@@ -1,0 +1,116 @@
+"""Interrupts workflow code that does not come to an end."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import operator
+import sys
+import threading
+import weakref
+from time import monotonic
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+_AGAIN_S = 0.5  # between interrupts, for code that swallows them
+
+_set_async_exc = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+
+class ActivationTimeout(BaseException):  # noqa: N818 - like KeyboardInterrupt, not to be caught as an error
+    """Workflow code ran for too long without awaiting anything."""
+
+
+class Watchdog:
+    """Watches what one thread does, from a thread of its own.
+
+    An interrupt arrives between two bytecodes: a call into C that blocks is interrupted only when it returns.
+
+    Args:
+        limit: seconds that a watched block may take.
+    """
+
+    def __init__(self, limit: float = 2.0) -> None:
+        self._limit = limit
+        # Weak, since a block is over at the latest when nothing refers to its watch any more (see `_Watch.__exit__`).
+        self._current: weakref.ref[_Watch] | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._patrol, name="durably-watchdog", daemon=True)
+        self._thread.start()
+
+    def watch(self, label: str) -> _Watch:
+        """A block that raises `ActivationTimeout`, naming the label and the line, when it takes longer than the limit.
+
+        It does so even where the code within has swallowed the interrupt, since an interrupted block is not
+        deterministic. When the block is over, so is every interrupt.
+        """
+        return _Watch(self, label)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closing.set()
+        self._thread.join()
+
+    def _patrol(self) -> None:
+        # Waking once in every limit is enough: what starts while this sleeps is due later than it wakes.
+        pause = self._limit
+        while not self._closing.wait(pause):
+            watch = self._current() if self._current is not None else None
+            pause = self._limit if watch is None else watch.check()
+            del watch
+
+
+class _Watch:
+    __slots__ = ("__weakref__", "_armed", "_due", "_label", "_place", "_thread", "_watchdog")
+
+    def __init__(self, watchdog: Watchdog, label: str) -> None:
+        self._watchdog = watchdog
+        self._label = label
+        self._thread = threading.get_ident()
+        self._armed = threading.Lock()  # held while the block is being executed
+        self._place: str | None = None  # where it was when it was first interrupted
+
+    def __enter__(self) -> Self:
+        watchdog = self._watchdog
+        self._due = monotonic() + watchdog._limit
+        watchdog._current = weakref.ref(self)
+        self._armed.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # An interrupt that arrives in here comes out of the block, as it should. Behind the release no other can be
+        # sent, and behind the clearing none can be on its way. Should one arrive even before the release, then the
+        # block has ended without it, and what stops the watchdog is that this watch is gone.
+        self._armed.release()
+        if self._place is not None:
+            _set_async_exc(ctypes.c_ulong(self._thread), None)
+            raise ActivationTimeout(
+                f"{self._label}: workflow code ran for {self._watchdog._limit:g} s without awaiting, at {self._place}"
+            ) from (None if kind is ActivationTimeout else error)
+
+    def check(self) -> float:
+        """Interrupts the block if it is due; the seconds until the next check. Called by the watchdog's thread."""
+        left = self._due - monotonic()
+        if left > 0:
+            return left
+        if not self._armed.locked():
+            return self._watchdog._limit
+        if self._place is None:
+            self._place = _place(self._thread)
+        interrupt = functools.partial(
+            _set_async_exc, ctypes.c_ulong(self._thread), ctypes.py_object(ActivationTimeout)
+        )
+        # Asking and interrupting must be one: threads switch between bytecodes, and there are none within this call,
+        # which is C all the way (all, map, call, locked, and a foreign function that keeps the GIL).
+        all(map(operator.call, (self._armed.locked, interrupt)))
+        self._due = monotonic() + _AGAIN_S
+        return _AGAIN_S
+
+
+def _place(thread: int) -> str:
+    frame = sys._current_frames().get(thread)
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}" if frame else "an unknown place"

@@ -1,0 +1,259 @@
+"""The commit thread: one Kafka transaction after the other, then RocksDB, then the replies.
+
+Advancing never waits for it. Whatever gathers while a transaction is under way goes into the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+
+from durably.broker.port import TP, Broker, Committed, Producer, Transactions
+from durably.errors import BrokerError
+from durably_schemas import Catalogue, Codec
+
+from durably_processor.state.store import CHECKPOINT, Store
+from durably_processor.turn import Dispatch, Output, Part, Turn
+
+log = logging.getLogger("durably.processor")
+
+COMMIT_BOUND = 10.0
+"""Seconds after which a commit that has not come back is given up; below the transaction timeout."""
+LINGER = 0.005
+"""Seconds that offsets and events may wait for company when nobody waits for their commit."""
+OWNER = "owner:"
+"""What stands before the transactional id in the metadata of an owner's offsets."""
+BACKLOG = 50_000
+
+
+class _Batch:
+    """What one transaction takes."""
+
+    def __init__(self) -> None:
+        self.parts: dict[int, Part] = {}
+        self.dispatches: list[Dispatch] = []
+        self.turn = 0
+        self.records = 0
+        self.urgent = False
+
+    def add(self, turn: Turn) -> None:
+        for number, part in turn.parts.items():
+            mine = self.parts.get(number)
+            if mine is None:
+                self.parts[number] = part
+            else:
+                mine.merge(part)
+            self.urgent |= part.urgent
+            self.records += len(part.events) + len(part.outputs)
+        if turn.dispatch.sent:
+            self.dispatches.append(turn.dispatch)
+        self.turn = turn.number
+
+
+class Committer:
+    """Commits turns in their order.
+
+    Args:
+        broker, catalogue, codec: where to.
+        plain: the idempotent producer that early requests go out on, and replies.
+        transactions: initialised; its id is ``transactional_id``.
+        stores: those of the active partitions. A partition that is no longer in it is not written any more.
+
+    Attributes:
+        acked: the number of the last turn that is committed and applied.
+        error: why it stopped. What it had not acknowledged is then of unknown outcome.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        catalogue: Catalogue,
+        codec: Codec,
+        plain: Producer,
+        transactions: Transactions,
+        transactional_id: str,
+        stores: Mapping[int, Store],
+    ) -> None:
+        self.acked = 0
+        self.error: BaseException | None = None
+        self.commits = 0
+        self._broker = broker
+        self._catalogue = catalogue
+        self._codec = codec
+        self._plain = plain
+        self._transactions = transactions
+        self._owner = OWNER + transactional_id
+        self._stores = stores
+        self._gathered = _Batch()
+        self._busy = False
+        self._stopped = False
+        self._group: object = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="durably-commit", daemon=True)
+
+    def start(self, acked: int) -> None:
+        """Starts the thread; turns are numbered on from ``acked``."""
+        self.acked = acked
+        self._thread.start()
+
+    def add(self, turn: Turn, group: object) -> None:
+        """Hands a turn over, with the group's metadata as of the poll that it came from.
+
+        Waits where the transactions have fallen far behind.
+        """
+        with self._changed:
+            self._group = group
+            self._gathered.add(turn)
+            self._changed.notify_all()
+            while self._gathered.records > BACKLOG and self.error is None:
+                self._changed.wait(0.1)
+
+    def drain(self, timeout: float) -> bool:
+        """Waits until everything handed over is committed and applied; False when that took too long or failed."""
+        end = time.monotonic() + timeout
+        with self._changed:
+            self._gathered.urgent = True
+            self._changed.notify_all()
+            while (self._gathered.parts or self._busy) and self.error is None:
+                left = end - time.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait(left)
+            return self.error is None
+
+    def drop(self, partitions: list[int]) -> None:
+        """Drops what is not yet under way for partitions that have been lost."""
+        with self._changed:
+            for number in partitions:
+                self._gathered.parts.pop(number, None)
+
+    def stop(self, timeout: float) -> None:
+        """Ends the thread, or abandons it where it hangs: it will write nothing any more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            log.warning("the commit thread hangs in a transactional call: abandoned")
+        else:
+            self._transactions.close()
+
+    # -- the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                batch, group = self._next()
+                if batch is None:
+                    return
+                self._commit(batch, group)
+                with self._changed:
+                    self.acked = batch.turn
+                    self._busy = False
+                    self._changed.notify_all()
+        except BaseException as e:  # whatever it is, the owner must notice and take over anew
+            with self._changed:
+                self.error = e
+                self._busy = False
+                self._changed.notify_all()
+
+    def _next(self) -> tuple[_Batch | None, object]:
+        with self._changed:
+            while not self._gathered.parts:
+                if self._stopped:
+                    return None, None
+                self._changed.wait()
+            if not self._gathered.urgent and not self._stopped:
+                self._changed.wait_for(lambda: self._gathered.urgent or self._stopped, LINGER)
+            batch, self._gathered = self._gathered, _Batch()
+            self._busy = True
+            self._changed.notify_all()
+            return batch, self._group
+
+    def _commit(self, batch: _Batch, group: object) -> None:
+        checkpoints: dict[int, int] = {}
+        self._transactions.begin()
+        for number, part in batch.parts.items():
+            self._write(number, part, checkpoints)
+        self._await_dispatched(batch)
+        offsets = {
+            tp: Committed(offset, self._owner) for part in batch.parts.values() for tp, offset in part.offsets.items()
+        }
+        self._transactions.commit(offsets, group, COMMIT_BOUND)
+        self.commits += 1
+        for number, part in batch.parts.items():
+            self._apply(number, part, checkpoints.get(number))
+        for part in batch.parts.values():
+            self._reply(part)
+
+    def _write(self, number: int, part: Part, checkpoints: dict[int, int]) -> None:
+        send = self._transactions.send
+        topic = self._catalogue.events
+        for key, value in part.events[:-1]:
+            send(topic, value, key=key, partition=number)
+        if part.events:  # a partition's records are acknowledged in order: the last one's offset stands for all
+
+            def on_ack(error: Exception | None, offset: int) -> None:
+                if error is None:
+                    checkpoints[number] = offset + 1
+
+            key, value = part.events[-1]
+            send(topic, value, key=key, partition=number, on_ack=on_ack)
+        for key, value in part.summaries.items():
+            send(self._catalogue.runs, value, key=key)
+        for output in part.outputs:
+            send(output.topic, output.value, key=output.key, partition=output.partition)
+
+    def _await_dispatched(self, batch: _Batch) -> None:
+        # Committed implies dispatched: a crash after the commit finds every request on its topic.
+        end = time.monotonic() + COMMIT_BOUND
+        for dispatch in batch.dispatches:
+            while not dispatch.done:
+                self._plain.poll(0)
+                if dispatch.done:
+                    break
+                if time.monotonic() > end:
+                    raise BrokerError(f"step-requests are not acknowledged within {COMMIT_BOUND} s")
+                time.sleep(0.0002)
+            if dispatch.error is not None:
+                raise BrokerError(f"a step-request could not be written: {dispatch.error}") from dispatch.error
+
+    def _apply(self, number: int, part: Part, checkpoint: int | None) -> None:
+        store = self._stores.get(number)
+        if store is None:
+            return  # lost meanwhile: its next owner reads the events from the topic
+        if checkpoint is not None:
+            part.changes[CHECKPOINT] = checkpoint.to_bytes(8, "big")
+        if part.changes:
+            store.write(part.changes)
+
+    def _reply(self, part: Part) -> None:
+        for reply_to, make in part.answers:
+            try:
+                value = self._codec.encode(make())
+                self._plain.send(self._catalogue.replies, value, partition=reply_to.partition)
+            except Exception:  # an asker that is not answered asks again; one bad address must not stop the rest
+                log.exception("a reply to partition %s could not be sent", reply_to.partition)
+        if part.answers:
+            self._plain.poll(0)
+
+
+def dispatch(turn: Turn, plain: Producer) -> None:
+    """Sends what may go out ahead of the transaction."""
+    outputs: list[Output] = [output for part in turn.parts.values() for output in part.early]
+    for output in outputs:
+        turn.dispatch.sent += 1
+        plain.send(output.topic, output.value, key=output.key, on_ack=turn.dispatch.on_ack)
+    plain.poll(0)
+
+
+def owner_of(metadata: str) -> str | None:
+    """The transactional id of an owner that has not released its partition."""
+    return metadata.removeprefix(OWNER) if metadata.startswith(OWNER) else None
+
+
+def released(offsets: Mapping[TP, int]) -> dict[TP, Committed]:
+    """Offsets that say that nothing is left open behind them."""
+    return {tp: Committed(offset, "") for tp, offset in offsets.items()}

@@ -1,0 +1,574 @@
+"""One partition: its runs, what each record does to them, and their timers. No Kafka: records in, a `Turn` out."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Literal
+
+from durably.broker.port import TP, End, Message
+from durably.errors import DurablyError
+from durably_schemas import Catalogue, Codec, CodecError
+from durably_schemas import events as ev
+from durably_schemas import records as rec
+from durably_schemas.catalogue import partition_for
+from durably_schemas.records import Event, Reply, ReplyTo
+
+from durably_processor.engine.execution import RECORD_OVERHEAD, Environment, is_end
+from durably_processor.engine.run import Outcome, Run
+from durably_processor.engine.state import OpenStep
+from durably_processor.state.store import Changes, Store, Stored, Timer, blocked_key, event_key
+from durably_processor.turn import Output, Part, Turn
+
+log = logging.getLogger("durably.processor")
+
+WINDOW_MS = 60_000
+"""Timers due within this are held in memory; the rest waits in RocksDB."""
+LEASE_GRACE_MS = 20_000
+"""After a take-over no lease lapses for this long: its last heartbeats may have been forgotten."""
+PAGE_EVENTS, PAGE_BYTES = 500, 500_000
+TIMERS_A_TURN = 1_000
+"""So that ten thousand that fall due together do not hold up what else arrives."""
+DEADLY = 2
+"""Activations of a run that never ended, after which it is blocked instead of tried again."""
+MAX_RUN_ID = 200
+
+Dispatch = Literal["early", "committed"]
+
+
+class PoisonedInput(Exception):  # noqa: N818 - carries an input, is no error of the caller
+    """Handling a record raised what nobody foresaw; the partition's memory can no longer be trusted."""
+
+    def __init__(self, message: Message, run_id: str | None) -> None:
+        super().__init__(f"{message.topic}[{message.partition}]@{message.offset}")
+        self.place = (message.topic, message.partition, message.offset)
+        self.run_id = run_id
+
+
+class _Entry:
+    """A run in memory. ``turn``: the last that changed it; ``tainted``: the last whose causes were not log-ordered."""
+
+    __slots__ = ("bytes", "run", "stored", "tainted", "turn")
+
+    def __init__(self, run: Run, stored: Stored) -> None:
+        self.run = run
+        self.stored = stored
+        self.turn = 0
+        self.tainted = 0
+        self.bytes = 0
+
+
+class Partition:
+    """A partition whose store holds everything that was committed, ready to take records from ``positions`` on.
+
+    Args:
+        number: of the partition.
+        store: restored.
+        environment: what executions are given.
+        codec, catalogue: of the topics.
+        positions: the committed offsets of the three inputs.
+        ends: the end offsets of the three inputs when the partition was taken over.
+        now: the clock, in milliseconds.
+        dispatch: whether requests may go out ahead of their transaction.
+        max_runs, max_bytes: how many runs, and roughly how many bytes of their logs, stay in memory.
+        poisoned: places of records that could not be handled before.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        store: Store,
+        environment: Environment,
+        codec: Codec,
+        catalogue: Catalogue,
+        *,
+        positions: dict[str, int],
+        ends: dict[str, int],
+        now: Callable[[], int],
+        dispatch: Dispatch = "early",
+        max_runs: int = 20_000,
+        max_bytes: int = 512 * 1024 * 1024,
+        poisoned: frozenset[tuple[str, int, int]] = frozenset(),
+    ) -> None:
+        self.number = number
+        self.store = store
+        self._environment = environment
+        self._codec = codec
+        self._catalogue = catalogue
+        self._positions = positions
+        self._ends = ends
+        self._now = now
+        self._early = dispatch == "early"
+        self._max_runs, self._max_bytes = max_runs, max_bytes
+        self._poisoned = poisoned
+        self._runs: OrderedDict[str, _Entry] = OrderedDict()
+        self._bytes = 0
+        self._finished: deque[tuple[int, str]] = deque()
+        self._timers: list[Timer] = []
+        self._horizon = 0
+        self._waiting: dict[str, dict[str, ReplyTo]] = {}
+        self._committed = dict(positions)
+        self._parked: list[Message] = []
+        self._complete = False  # commands and signals have passed their ends: what is unknown now stays unknown
+        self._caught_up = False  # results have, too: timers may fire
+        self._leases_from = now() + LEASE_GRACE_MS
+        self._owners = {
+            catalogue.commands: (rec.StartRun, rec.QueryRun, rec.CancelRun, rec.ResumeHook),
+            catalogue.results: (rec.StepResult, rec.StepHeartbeat, rec.StepClaim),
+            catalogue.signals: (),
+        }
+
+    # -- inputs ----------------------------------------------------------------------------------------------------
+
+    @property
+    def caught_up(self) -> bool:
+        """All three inputs have passed the ends that they had at the take-over."""
+        return self._caught_up
+
+    def handle(self, message: Message | End, turn: Turn) -> None:
+        """Takes one record in. Raises `PoisonedInput` when nothing in memory can be trusted any more."""
+        topic = message.topic
+        if isinstance(message, End):
+            self._positions[topic] = max(self._positions[topic], message.offset)
+            return
+        if message.offset < self._positions[topic]:
+            return
+        self._positions[topic] = message.offset + 1
+        self._take(message, turn)
+
+    def end_turn(self, turn: Turn) -> None:
+        """After the records of a turn: catching up, timers, the offsets to commit, memory."""
+        if not self._caught_up:
+            self._catch_up(turn)
+        if self._caught_up:
+            self._fire(turn)
+        part = turn.parts.get(self.number)
+        if part is not None or self._committed != self._positions:
+            part = turn.part(self.number)
+            part.offsets = self.offsets()
+        self._shrink(turn)
+
+    def offsets(self) -> dict[TP, int]:
+        """What may be committed: parked records are still to be read again."""
+        offsets = {TP(topic, self.number): position for topic, position in self._positions.items()}
+        if self._parked:
+            first = self._parked[0]
+            offsets[TP(first.topic, self.number)] = first.offset
+        self._committed = dict(self._positions)
+        return offsets
+
+    def _take(self, message: Message, turn: Turn) -> None:
+        record: rec.Record | None = None
+        try:
+            record = self._codec.decode(message.value)
+            self._check(message, record)
+        except CodecError as e:
+            self._dead_letter(message, str(e), turn)
+            return
+        run_id: str | None = getattr(record, "run_id", None)
+        if (message.topic, message.partition, message.offset) in self._poisoned:
+            self._quarantine(message, run_id, turn)
+            return
+        try:
+            self._dispatch_record(message, record, turn)
+        except Exception as e:
+            log.exception("%s on %s[%s]@%s", type(record).__name__, message.topic, message.partition, message.offset)
+            raise PoisonedInput(message, run_id) from e
+
+    def _check(self, message: Message, record: rec.Record) -> None:
+        """Raises `CodecError` for a record that does not belong where it was found."""
+        if not isinstance(record, self._owners[message.topic]):
+            raise CodecError(f"a {type(record).__name__} does not belong on {message.topic}")
+        if isinstance(record, rec.ResumeHook):
+            return
+        run_id: str = record.run_id  # type: ignore[attr-defined]
+        key = run_id.encode()
+        if message.key != key:
+            raise CodecError(f"key {message.key!r} is not the run_id {run_id!r}")
+        if isinstance(record, rec.StartRun):
+            home = partition_for(key, self._catalogue.partitions)
+            if home != self.number:
+                raise CodecError(
+                    f"run {run_id!r} belongs on partition {home}, not {self.number}: "
+                    "set the producer's partitioner to murmur2_random, the Java default"
+                )
+            if not run_id or len(key) > MAX_RUN_ID or not run_id.isprintable():
+                raise CodecError(f"run_id {run_id!r}: 1 to {MAX_RUN_ID} bytes, printable")
+            if len(record.input.data) > self._environment.max_payload_bytes:
+                raise CodecError(f"input of {len(record.input.data):,} bytes: pass large data by reference")
+
+    def _dispatch_record(self, message: Message, record: rec.Record, turn: Turn) -> None:
+        at = message.timestamp
+        if isinstance(record, rec.StepResult):
+            entry = self._entry(record.run_id)
+            if entry is None or record.step_id not in entry.run.state.items:
+                self._unknown(message)
+            else:
+                run = entry.run
+                self._advance(entry, lambda: run.result(record, at), turn)
+        elif isinstance(record, rec.StartRun):
+            self._start(message, record, turn)
+        elif isinstance(record, rec.QueryRun):
+            self._query(record, turn)
+        elif isinstance(record, rec.StepClaim):
+            self._claim(message, record, at, turn)
+        elif isinstance(record, rec.StepHeartbeat):
+            entry = self._entry(record.run_id)
+            if entry is None or record.step_id not in entry.run.state.items:
+                self._unknown(message)
+            else:
+                run = entry.run
+                self._advance(entry, lambda: run.heartbeat(record, at), turn)
+        elif isinstance(record, rec.CancelRun):
+            self._cancel(record, at, turn)
+        else:
+            self._dead_letter(message, "there is no hook with this token", turn)
+
+    def _unknown(self, message: Message) -> None:
+        # The record that creates its run or step may still be ahead on another topic.
+        if not self._complete:
+            self._parked.append(message)
+
+    def _start(self, message: Message, record: rec.StartRun, turn: Turn) -> None:
+        entry = self._entry(record.run_id)
+        existing = entry is not None
+        if entry is None:
+            headers = dict(message.headers)
+            traceparent = headers["traceparent"].decode("ascii", "replace") if "traceparent" in headers else None
+            run, outcome = self._guarded_start(record, message.timestamp, traceparent)
+            entry = self._runs[record.run_id] = _Entry(run, Stored())
+            self._record(entry, outcome, turn, early=self._early, before=None)
+        if record.reply_to is not None:
+            run_id = record.run_id
+            self._answer(
+                turn, record.reply_to, lambda r: Reply(request_id=r, run_id=run_id, existing=existing, summary=self._summary(run_id))
+            )
+
+    def _guarded_start(self, record: rec.StartRun, at: int, traceparent: str | None) -> tuple[Run, Outcome]:
+        history = self._history(record.run_id)
+        if self._caught_up:
+            return Run.start(record, at, self._environment, history, traceparent)
+        deadly = self.store.begin_activation(record.run_id) >= DEADLY
+        obstacle = _deadly(record.run_id) if deadly else None
+        started = Run.start(record, at, self._environment, history, traceparent, obstacle)
+        self.store.end_activation(record.run_id)
+        return started
+
+    def _cancel(self, record: rec.CancelRun, at: int, turn: Turn) -> None:
+        entry = self._entry(record.run_id)
+        message = None
+        if entry is not None:
+            run = entry.run
+            if run.state.terminal:
+                message = f"the run has ended before: {run.state.header.status}"
+            self._advance(entry, lambda: run.cancel(record.reason, at), turn, ordered=False)
+        if record.reply_to is not None:
+            self._answer_about(turn, record.reply_to, record.run_id, message=message)
+
+    def _claim(self, message: Message, record: rec.StepClaim, at: int, turn: Turn) -> None:
+        entry = self._entry(record.run_id)
+        answer, execution = "DONE", 0
+        if entry is not None and record.step_id in entry.run.state.items:
+            run = entry.run
+            found: list[tuple[rec.ClaimAnswer, int]] = []
+
+            def claim() -> Outcome:
+                outcome, claimed, number = run.claim(record, at)
+                found.append((claimed, number))
+                return outcome
+
+            self._advance(entry, claim, turn)
+            answer, execution = found[0]
+        elif not self._complete:
+            self._parked.append(message)
+            return
+        self._answer(
+            turn,
+            record.reply_to,
+            lambda r: Reply(request_id=r, run_id=record.run_id, claim=answer, execution=execution),  # type: ignore[arg-type]
+        )
+
+    # -- queries ---------------------------------------------------------------------------------------------------
+
+    def _query(self, record: rec.QueryRun, turn: Turn) -> None:
+        run_id, reply_to = record.run_id, record.reply_to
+        entry = self._entry(run_id)
+        if entry is None or record.what == "SUMMARY":
+            self._answer_about(turn, reply_to, run_id)
+        elif record.what == "EVENTS":
+            from_seq = max(1, record.from_seq)
+            self._answer(turn, reply_to, lambda r: self._page(r, run_id, from_seq))
+        elif record.what == "RESULT":
+            if entry.run.state.terminal or entry.run.state.header.blocked:
+                self._answer(turn, reply_to, lambda r: self._result(r, run_id))
+            else:
+                self._waiting.setdefault(run_id, {})[reply_to.request_id] = reply_to
+        else:
+            self._answer(turn, reply_to, lambda r: Reply(request_id=r, run_id=run_id, status="NOT_FOUND"))
+
+    def _answer(self, turn: Turn, reply_to: ReplyTo, make: Callable[[str], Reply]) -> None:
+        part = turn.part(self.number)
+        part.answers.append((reply_to, lambda: make(reply_to.request_id)))
+        part.urgent = True
+
+    def _answer_about(self, turn: Turn, reply_to: ReplyTo, run_id: str, message: str | None = None) -> None:
+        def make(request_id: str) -> Reply:
+            summary = self._summary(run_id)
+            if summary is None:
+                return Reply(request_id=request_id, run_id=run_id, status="NOT_FOUND", message=f"no run {run_id!r}")
+            return Reply(request_id=request_id, run_id=run_id, summary=summary, message=message)
+
+        self._answer(turn, reply_to, make)
+
+    # These four run on the commit thread, after everything that they speak of has reached the store.
+
+    def _summary(self, run_id: str) -> rec.RunSummary | None:
+        state = self.store.state(run_id)
+        return state.summary() if state else None
+
+    def _result(self, request_id: str, run_id: str) -> Reply:
+        state = self.store.state(run_id)
+        assert state is not None, run_id
+        last = self._codec.decode_as(Event, self.store.event(run_id, state.header.seq)) if state.terminal else None
+        result = last.data.result if last and isinstance(last.data, ev.RunCompleted) else None
+        return Reply(request_id=request_id, run_id=run_id, summary=state.summary(), result=result)
+
+    def _page(self, request_id: str, run_id: str, from_seq: int) -> Reply:
+        page: list[bytes] = []
+        size = 0
+        for value in self.store.events(run_id, from_seq):
+            if page and (len(page) >= PAGE_EVENTS or size + len(value) > PAGE_BYTES):
+                next_seq: int | None = from_seq + len(page)
+                break
+            page.append(value)
+            size += len(value)
+        else:
+            next_seq = None
+        return Reply(
+            request_id=request_id, run_id=run_id, summary=self._summary(run_id), events=tuple(page), next_seq=next_seq
+        )
+
+    # -- advancing a run -------------------------------------------------------------------------------------------
+
+    def _entry(self, run_id: str) -> _Entry | None:
+        entry = self._runs.get(run_id)
+        if entry is not None:
+            self._runs.move_to_end(run_id)
+            return entry
+        state = self.store.state(run_id)
+        if state is None:
+            return None
+        entry = self._runs[run_id] = _Entry(Run(state, self._environment, self._history(run_id)), Stored(state))
+        return entry
+
+    def _history(self, run_id: str) -> Callable[[], Iterator[Event]]:
+        def read() -> Iterator[Event]:
+            for value in self.store.events(run_id):
+                yield self._codec.decode_as(Event, value)
+
+        return read
+
+    def _advance(self, entry: _Entry, act: Callable[[], Outcome], turn: Turn, *, ordered: bool = True) -> None:
+        """Lets one input act on a run.
+
+        ``ordered``: the cause is a record of ``results``, whose order with the run's other causes no crash can change
+        while the run waits for nothing but steps. Only then may the requests that follow go out before the commit.
+        """
+        state = entry.run.state
+        before = (state.header.status, state.header.blocked)
+        if not ordered or state.waits or state.unsettled:
+            entry.tainted = turn.number
+        early = self._early and entry.tainted <= turn.acked
+        if self._caught_up:
+            outcome = act()
+        else:
+            outcome = self._act_warily(entry, act)
+        self._record(entry, outcome, turn, early=early, before=before)
+
+    def _act_warily(self, entry: _Entry, act: Callable[[], Outcome]) -> Outcome:
+        # Something ended the previous owner: perhaps one of these runs, by ending the whole process.
+        run_id = entry.run.state.header.run_id
+        events: list[Event] = []
+        if self.store.begin_activation(run_id) >= DEADLY:
+            events = entry.run.block(_deadly(run_id)).events
+        outcome = act()
+        self.store.end_activation(run_id)
+        outcome.events[:0] = events
+        return outcome
+
+    def _record(
+        self, entry: _Entry, outcome: Outcome, turn: Turn, *, early: bool, before: tuple[str, bool] | None
+    ) -> None:
+        state = entry.run.state
+        header = state.header
+        if not outcome.events and not state.touched:
+            return
+        part = turn.part(self.number)
+        run_id = header.run_id
+        key = run_id.encode()
+        changes: Changes = {}
+        created: set[bytes] = set()
+        encode = self._codec.encode
+        for event in outcome.events:
+            value = encode(event)
+            part.events.append((key, value))
+            changes[event_key(run_id, event.seq)] = value
+            entry.bytes += len(value)
+            self._bytes += len(value)
+        for timer in entry.stored.changes(state, changes, created):
+            if timer.due < self._horizon + WINDOW_MS:  # later ones are on disk by the time their window opens
+                heapq.heappush(self._timers, timer)
+        for queue, request in outcome.requests:
+            output = Output(self._catalogue.requests(queue), encode(request), request.step_id.encode())
+            if early:
+                part.early.append(output)
+            else:
+                part.outputs.append(output)
+                part.urgent = True
+        if before != (header.status, header.blocked):
+            self._status_changed(entry, part, changes, before)
+            if state.terminal:
+                self._finished.append((turn.number, run_id))
+        if state.waits or state.unsettled:
+            entry.tainted = turn.number
+        part.change(changes, created)
+        entry.turn = turn.number
+
+    def _status_changed(
+        self, entry: _Entry, part: Part, changes: Changes, before: tuple[str, bool] | None
+    ) -> None:
+        state = entry.run.state
+        header = state.header
+        run_id, key = header.run_id, header.run_id.encode()
+        part.summaries[key] = self._codec.encode(state.summary())
+        if header.blocked:
+            changes[blocked_key(run_id)] = b""
+            reason = header.error.message if header.error else ""
+            log.error("run %s is blocked: %s", run_id, reason)
+        elif before and before[1]:
+            changes[blocked_key(run_id)] = None
+        if state.terminal and header.streams:
+            end = rec.StreamChunk(run_id=run_id, namespace="", writer="", n=1, kind="END", at=header.at)
+            part.outputs.append(Output(self._catalogue.streams, self._codec.encode(end), key))
+        if state.terminal or header.blocked:
+            part.urgent = True
+            for reply_to in self._waiting.pop(run_id, {}).values():
+                part.answers.append((reply_to, lambda to=reply_to: self._result(to.request_id, run_id)))  # type: ignore[misc]
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    @property
+    def next_due(self) -> int | None:
+        """When the next timer fires, in milliseconds since the epoch; None: not within the window."""
+        return self._timers[0].due if self._caught_up and self._timers else None
+
+    def _fire(self, turn: Turn) -> None:
+        now = self._now()
+        if now + WINDOW_MS // 2 >= self._horizon:
+            self._timers += self.store.timers(self._horizon, now + WINDOW_MS)
+            self._horizon = now + WINDOW_MS
+            heapq.heapify(self._timers)
+        for _ in range(TIMERS_A_TURN):
+            if not self._timers or self._timers[0].due > now:
+                return
+            _, run_id, correlation_id = heapq.heappop(self._timers)
+            entry = self._entry(run_id)
+            item = entry.run.state.items.get(correlation_id) if entry else None
+            if entry is None or item is None or item.due > now:
+                continue  # closed, or moved: then its new timer is on its way
+            if isinstance(item, OpenStep) and item.status == "leased" and now < self._leases_from:
+                heapq.heappush(self._timers, Timer(self._leases_from, run_id, correlation_id))
+                continue
+            run, due = entry.run, item.due
+            self._advance(entry, lambda: run.timer(correlation_id, due), turn, ordered=False)  # noqa: B023 - called at once
+
+    def _catch_up(self, turn: Turn) -> None:
+        behind = {topic for topic, end in self._ends.items() if self._positions[topic] < end}
+        if not self._complete and behind <= {self._catalogue.results}:
+            self._complete = True
+            parked, self._parked = self._parked, []
+            self._committed = {}  # their offsets were held back
+            for message in parked:
+                self._take(message, turn)
+        if self._complete and not behind:
+            self._caught_up = True
+            self._unblock(turn)
+
+    def _unblock(self, turn: Turn) -> None:
+        for run_id in self.store.blocked():
+            entry = self._entry(run_id)
+            header = entry.run.state.header if entry else None
+            if entry is None or header is None or not header.blocked:
+                continue
+            deadly = header.error is not None and header.error.type in _TRY_AGAIN_ONLY_WITH_OTHER_CODE
+            if deadly and header.code_version == self._environment.code_version:
+                continue
+            self._advance(entry, entry.run.unblock, turn, ordered=False)
+            for correlation_id, item in entry.run.state.items.items():
+                heapq.heappush(self._timers, Timer(item.due, run_id, correlation_id))
+
+    # -- what cannot be handled ------------------------------------------------------------------------------------
+
+    def _dead_letter(self, message: Message, reason: str, turn: Turn) -> None:
+        log.error("dead letter: %s[%s]@%s: %s", message.topic, message.partition, message.offset, reason)
+        value = message.value
+        if value is not None and len(value) > self._environment.max_payload_bytes:
+            value = value[: self._environment.max_payload_bytes - RECORD_OVERHEAD]
+            reason = f"{reason} (value cut short; the whole is at the place named)"
+        letter = rec.DeadLetter(
+            topic=message.topic,
+            partition=message.partition,
+            offset=message.offset,
+            key=message.key,
+            value=value,
+            reason=reason,
+            component="processor",
+            at=message.timestamp,
+        )
+        output = Output(self._catalogue.dead_letters, self._codec.encode(letter), message.key or b"")
+        turn.part(self.number).outputs.append(output)
+
+    def _quarantine(self, message: Message, run_id: str | None, turn: Turn) -> None:
+        self._dead_letter(message, "handling it raised an error in the processor; its log has the traceback", turn)
+        entry = self._entry(run_id) if run_id else None
+        if entry is not None:
+            place = f"{message.topic}[{message.partition}]@{message.offset}"
+            error = DurablyError(f"the processor failed on its input {place}, which is among the dead letters")
+            self._advance(entry, lambda: entry.run.block(error), turn, ordered=False)
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def _shrink(self, turn: Turn) -> None:
+        while self._finished and self._finished[0][0] <= turn.acked:
+            self._forget(self._finished.popleft()[1])
+        if len(self._runs) <= self._max_runs and self._bytes <= self._max_bytes:
+            return
+        # A run with uncommitted events must stay: the store does not know all of it yet.
+        for run_id in [r for r, e in islice(self._runs.items(), 1_000) if e.turn <= turn.acked]:
+            self._forget(run_id)
+            if len(self._runs) <= self._max_runs and self._bytes <= self._max_bytes:
+                return
+
+    def _forget(self, run_id: str) -> None:
+        entry = self._runs.pop(run_id, None)
+        if entry is not None:
+            self._bytes -= entry.bytes
+            entry.run.evict()
+
+    def drop(self) -> None:
+        """Forgets everything that is in memory only."""
+        for entry in self._runs.values():
+            entry.run.evict()
+        self._runs.clear()
+
+
+def _deadly(run_id: str) -> DurablyError:
+    return DurablyError(f"activations of run {run_id} ended their processor {DEADLY} times")
+
+
+_TRY_AGAIN_ONLY_WITH_OTHER_CODE = frozenset(
+    {"durably_processor.engine.watchdog:ActivationTimeout", "durably.errors:DurablyError"}
+)

@@ -1,0 +1,72 @@
+"""A processor as a process: its interpreter, its modules, its signals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from durably.authoring import load_module, registry
+from durably.broker import connect
+from durably_schemas import Catalogue
+
+from durably_processor.engine import guards
+from durably_processor.processor import Processor
+
+if TYPE_CHECKING:
+    from durably.broker.port import Broker
+    from durably.settings import Settings
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds. A thread that wakes for a record must not wait 5 ms, Python's default, for one that is encoding."""
+
+
+def prepare(modules: Sequence[str]) -> None:
+    """Makes this interpreter fit to run workflows, and imports them.
+
+    Sets of str are ordered by the hash seed, so every processor must have the same: the interpreter is started again
+    with PYTHONHASHSEED=0 where it is not. Guards are installed before user modules bind the functions they replace.
+
+    Raises:
+        ConfigurationError: a module cannot be imported.
+    """
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this very program again
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    guards.install()
+    for module in modules:
+        load_module(module)
+
+
+def make_processor(
+    settings: Settings, broker: Broker, catalogue: Catalogue, ready: Callable[[], None] | None = None
+) -> Processor:
+    """A processor of the registered workflows."""
+    return Processor(
+        broker,
+        catalogue,
+        registry,
+        Path(settings.data_dir) / catalogue.namespace,
+        dispatch=settings.dispatch,
+        instance_id=settings.group_instance_id,
+        ready=ready,
+    )
+
+
+def run_processor(settings: Settings, modules: Sequence[str], ready: Callable[[], None] | None = None) -> None:
+    """Runs a processor until SIGTERM or SIGINT."""
+    prepare(modules)
+    logging.getLogger("durably").setLevel(logging.INFO)
+    broker = connect(settings.url, settings.kafka)
+    try:
+        processor = make_processor(settings, broker, Catalogue(settings.namespace, settings.partitions), ready)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: processor.stop())
+        processor.run()
+    finally:
+        broker.close()

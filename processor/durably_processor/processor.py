@@ -1,0 +1,403 @@
+"""The processor: owns partitions, one thread that advances their runs, one that commits.
+
+    poll ──> handle each record ──> fire timers ──> dispatch at once ──> hand over to the committer ──> poll ...
+
+A partition is *restoring* from its assignment until its store holds all that was committed, then *active*. After any
+failure of a commit nothing in memory is trusted: every partition is taken over anew, as if from another process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+from durably.authoring import Registry
+from durably.broker.port import TP, Broker, Consumer, Producer
+from durably.errors import BrokerError, ConfigurationError
+from durably_schemas import Catalogue, Codec
+
+from durably_processor.committer import Committer, dispatch, owner_of, released
+from durably_processor.engine.execution import Environment
+from durably_processor.engine.watchdog import Watchdog
+from durably_processor.partition import Dispatch, Partition, PoisonedInput
+from durably_processor.restore import Restore
+from durably_processor.state.store import Store
+from durably_processor.turn import Turn
+
+log = logging.getLogger("durably.processor")
+
+POLL = 0.2
+"""Seconds that a poll waits at most: failures of the commit thread are noticed after it."""
+RECORDS_A_TURN = 1_000
+DRAIN = 5.0
+"""Seconds that a revoke waits for what is under way."""
+RETRY = 0.5
+STALL = 5.0
+"""Half the default session timeout: a process that stood still for this long may no longer be the owner."""
+
+
+class Processor:
+    """Runs until it is stopped, from the thread that calls `run`.
+
+    Args:
+        broker, catalogue: where the topics are.
+        registry: the workflows, and the steps they call.
+        data_dir: its RocksDBs; no two processors may share it.
+        group: the consumer group of all processors of an installation.
+        dispatch: see DESIGN in docs/architecture.md, "What may go out early".
+        instance_id: makes group membership static.
+        max_runs: how many live runs a partition keeps in memory.
+        activation_limit: seconds after which workflow code that does not yield is interrupted.
+        now: the clock, in milliseconds since the epoch.
+
+    Raises (from `run`):
+        ConfigurationError: topics are missing or do not fit, or the data directory is in use.
+        BrokerError: what does not heal by itself.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        catalogue: Catalogue,
+        registry: Registry,
+        data_dir: Path,
+        *,
+        group: str | None = None,
+        dispatch: Dispatch = "early",
+        instance_id: str | None = None,
+        max_runs: int = 20_000,
+        activation_limit: float = 2.0,
+        now: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        ready: Callable[[], None] | None = None,
+    ) -> None:
+        self._broker = broker
+        self._catalogue = catalogue
+        self._registry = registry
+        self._data_dir = data_dir
+        self._group = group or f"{catalogue.namespace}.processor"
+        self._dispatch: Dispatch = dispatch
+        self._instance_id = instance_id
+        self._max_runs = max_runs
+        self._activation_limit = activation_limit
+        self._now = now
+        self._ready = ready
+        self._codec = Codec()
+        self._inputs = (catalogue.commands, catalogue.results, catalogue.signals)
+        self._partitions: dict[int, Partition] = {}
+        self._stores: dict[int, Store] = {}
+        self._restoring: dict[int, Restore | None] = {}  # None: not begun
+        self._starts: dict[int, tuple[dict[str, int], dict[str, int]]] = {}
+        self._poisoned: frozenset[tuple[str, int, int]] = frozenset()
+        self._number = 0
+        self._committer: Committer | None = None
+        self._stop = threading.Event()
+        self._pulse = _Pulse()
+
+    def run(self) -> None:
+        """Runs until `stop`; then commits what is under way and leaves the group."""
+        self._data_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(self._data_dir / "lock"):
+            self._check_topics()
+            self._transactional_id = f"{self._catalogue.namespace}.processor.{_slot(self._data_dir / 'slot')}"
+            self._watchdog = Watchdog(self._activation_limit)
+            self._environment = Environment(
+                self._registry,
+                self._broker.max_record_bytes,
+                lambda queue: self._broker.partitions(self._catalogue.requests(queue)) > 0,
+                self._watchdog.watch,
+            )
+            self._plain: Producer = self._broker.producer()
+            self._consumer: Consumer = self._broker.consumer(
+                self._group,
+                self._catalogue.commands,
+                self,
+                companions=(self._catalogue.results, self._catalogue.signals),
+                paused=True,
+                instance_id=self._instance_id,
+            )
+            self._pulse.start()
+            try:
+                while not self._stop.is_set():
+                    self._pass()
+            finally:
+                self._leave()
+
+    def stop(self) -> None:
+        """Asks `run` to end. May be called from any thread or signal handler."""
+        self._stop.set()
+
+    # -- the advance thread ----------------------------------------------------------------------------------------
+
+    def _pass(self) -> None:
+        try:
+            committer = self._healthy_committer()
+            self._restore()
+            turn = Turn(self._number + 1, committer.acked)
+            for message in self._consumer.poll(self._patience(), RECORDS_A_TURN):
+                partition = self._partitions.get(message.partition)
+                if partition is not None:
+                    partition.handle(message, turn)
+            for partition in self._partitions.values():
+                partition.end_turn(turn)
+        except PoisonedInput as e:
+            self._poisoned |= {e.place}
+            self._distrust(f"an input could not be handled: {e}")
+            return
+        except ConfigurationError:
+            raise
+        except BrokerError as e:
+            self._distrust(str(e))
+            self._stop.wait(RETRY)
+            return
+        if self._pulse.stood_still:
+            self._distrust("the process stood still, and may no longer be the owner")
+            return
+        if turn.parts:
+            self._number = turn.number
+            dispatch(turn, self._plain)
+            committer.add(turn, self._consumer.group_metadata())
+
+    def _patience(self) -> float:
+        if self._restoring:
+            return 0
+        dues = [due for p in self._partitions.values() if (due := p.next_due) is not None]
+        return max(0.0, min(POLL, (min(dues) - self._now()) / 1000)) if dues else POLL
+
+    def _healthy_committer(self) -> Committer:
+        committer = self._committer
+        if committer is not None and committer.error is not None:
+            self._distrust(f"a commit failed: {committer.error}")
+        if self._committer is None:
+            transactions = self._broker.transactions(self._transactional_id)
+            try:
+                transactions.init(30)
+            except BaseException:
+                transactions.close()
+                raise
+            self._committer = Committer(
+                self._broker, self._catalogue, self._codec, self._plain, transactions, self._transactional_id, self._stores
+            )
+            self._committer.start(self._number)
+        return self._committer
+
+    def _distrust(self, why: str) -> None:
+        """Drops everything that is in memory only, and takes every partition over anew."""
+        log.warning("taking over again: %s", why)
+        self._pulse.reset()
+        if self._committer is not None:
+            self._committer.stop(2.0)
+            self._committer = None
+        owned = [*self._partitions, *self._restoring]
+        for number in owned:
+            self._close(number)
+        self._restoring.update(dict.fromkeys(owned))
+
+    # -- taking over -----------------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        begun = [number for number, restore in self._restoring.items() if restore is None]
+        if begun:
+            self._begin(begun)
+        for number, restore in list(self._restoring.items()):
+            if restore is not None and restore.step(0.05):
+                self._activate(number)
+
+    def _tps(self, numbers: Sequence[int]) -> list[TP]:
+        return [TP(topic, number) for topic in self._inputs for number in numbers]
+
+    def _begin(self, numbers: list[int]) -> None:
+        tps = self._tps(numbers)
+        self._consumer.pause(tps)
+        self._resolve_predecessors(tps)
+        committed = self._consumer.committed(tps, 30)
+        missing = [tp for tp, c in committed.items() if c.offset < 0]
+        offsets = {tp: c.offset for tp, c in committed.items()} | (self._broker.start_offsets(missing) if missing else {})
+        ends = self._broker.end_offsets(tps, committed=True)
+        self._consumer.rewind(offsets)
+        for number in numbers:
+            self._starts[number] = (
+                {topic: offsets[TP(topic, number)] for topic in self._inputs},
+                {topic: ends[TP(topic, number)] for topic in self._inputs},
+            )
+            store = Store(self._data_dir / f"partition-{number}")
+            self._stores[number] = store
+            self._restoring[number] = Restore(number, store, self._broker, self._catalogue, self._codec)
+
+    def _resolve_predecessors(self, tps: list[TP]) -> None:
+        # Otherwise whatever a killed owner left open would hold back readers until its transaction times out.
+        texts = self._broker.group_metadata_of(self._group, tps).values()
+        for owner in {owner_of(text) for text in texts} - {None, self._transactional_id}:
+            assert owner is not None
+            log.info("resolving what %s left open", owner)
+            transactions = self._broker.transactions(owner)
+            try:
+                transactions.init(30)
+            finally:
+                transactions.close()
+
+    def _activate(self, number: int) -> None:
+        positions, ends = self._starts.pop(number)
+        self._partitions[number] = Partition(
+            number,
+            self._stores[number],
+            self._environment,
+            self._codec,
+            self._catalogue,
+            positions=positions,
+            ends=ends,
+            now=self._now,
+            dispatch=self._dispatch,
+            max_runs=self._max_runs,
+            poisoned=self._poisoned,
+        )
+        del self._restoring[number]
+        self._consumer.resume(self._tps([number]))
+        log.info("partition %s is active", number)
+        if not self._restoring and self._ready is not None:
+            self._ready()
+            self._ready = None
+
+    # -- rebalances, on this thread, within poll -------------------------------------------------------------------
+
+    def on_assigned(self, partitions: Sequence[int]) -> None:
+        """Ours from now on."""
+        self._restoring.update(dict.fromkeys(partitions))
+
+    def on_revoked(self, partitions: Sequence[int]) -> None:
+        """Commits what is under way for a bounded time, marks the partitions released, and lets go."""
+        committer = self._committer
+        clean = committer is not None and committer.drain(DRAIN)
+        if clean:
+            offsets = {tp: o for n in partitions if n in self._partitions for tp, o in self._partitions[n].offsets().items()}
+            try:
+                if offsets:
+                    self._consumer.commit(released(offsets), wait=True)
+            except BrokerError as e:
+                log.warning("partitions %s could not be marked released: %s", list(partitions), e)
+        elif committer is not None:
+            committer.drop(list(partitions))
+        self._let_go(partitions)
+
+    def on_lost(self, partitions: Sequence[int]) -> None:
+        """Somebody else's already: what is not committed is theirs to do."""
+        if self._committer is not None:
+            self._committer.drop(list(partitions))
+        self._let_go(partitions)
+
+    def _let_go(self, partitions: Sequence[int]) -> None:
+        for number in partitions:
+            self._close(number)
+            log.info("partition %s is released", number)
+        self._pulse.reset()
+
+    def _close(self, number: int) -> None:
+        partition = self._partitions.pop(number, None)
+        if partition is not None:
+            partition.drop()
+        restore = self._restoring.pop(number, None)
+        if restore is not None:
+            restore.close()
+        store = self._stores.pop(number, None)
+        if store is not None:
+            store.close()
+
+    # -- beginning and end -----------------------------------------------------------------------------------------
+
+    def _check_topics(self) -> None:
+        names = [*self._inputs, self._catalogue.events]
+        found = self._broker.describe(
+            [*names, self._catalogue.runs, self._catalogue.replies, self._catalogue.streams, self._catalogue.dead_letters]
+        )
+        missing = [t.name for t in self._catalogue.topics(()) if t.name not in found]
+        if missing:
+            raise ConfigurationError(f"topics are missing: {', '.join(missing)}: create them with `durably topics create`")
+        wrong = {name: found[name].partitions for name in names if found[name].partitions != self._catalogue.partitions}
+        if wrong:
+            listed = ", ".join(f"{name} has {n}" for name, n in wrong.items())
+            raise ConfigurationError(
+                f"{self._catalogue.partitions} partitions are configured, but {listed}: commands, results, signals and "
+                "events must be equal; set DURABLY_PARTITIONS to what they have, or create the topics anew"
+            )
+
+    def _leave(self) -> None:
+        self._pulse.stop()
+        try:
+            self._consumer.close()  # revokes, and so commits, what is assigned
+        except BrokerError as e:
+            log.warning("leaving the group: %s", e)
+        if self._committer is not None:
+            self._committer.stop(DRAIN)
+        for number in list(self._stores):
+            self._close(number)
+        self._plain.close()
+        self._watchdog.close()
+
+
+class _Pulse:
+    """Notices that the whole process was stopped, not merely busy: then this thread did not run either."""
+
+    def __init__(self) -> None:
+        self._beat = time.monotonic()
+        self._missed = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="durably-pulse", daemon=True)
+
+    def start(self) -> None:
+        self.reset()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+
+    def reset(self) -> None:
+        self._missed = False
+        self._beat = time.monotonic()
+
+    @property
+    def stood_still(self) -> bool:
+        return self._missed or time.monotonic() - self._beat > STALL
+
+    def _run(self) -> None:
+        while not self._ended.wait(0.25):
+            now = time.monotonic()
+            if now - self._beat > STALL:
+                self._missed = True
+            self._beat = now
+
+
+class _locked:  # noqa: N801 - reads as a statement: with _locked(path)
+    """The data directory is ours while this is open."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> None:
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            self._file.close()
+            raise ConfigurationError(
+                f"{self._path.parent} is in use by another processor: give each a data directory of its own "
+                "(DURABLY_DATA_DIR)"
+            ) from e
+
+    def __exit__(self, *_: object) -> None:
+        assert self._file is not None
+        self._file.close()
+
+
+def _slot(path: Path) -> str:
+    """A name for this data directory that outlives the process: it is the stable part of the transactional id."""
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text()
+
+

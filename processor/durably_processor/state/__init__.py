@@ -1,0 +1,1 @@
+"""What a partition keeps on disk: a cache of the events topic."""

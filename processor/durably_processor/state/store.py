@@ -1,0 +1,223 @@
+"""One partition's RocksDB: the logs of its runs, and what is derived from them.
+
+    e | run | seq         an Event, as it is on the topic
+    r | run               the run's Header
+    o | run | id          an open item
+    t | due | run | id    its timer
+    b | run               the run is blocked
+    a | run               activations that were begun and have not ended (see `Store.begin_activation`)
+    c                     the checkpoint: the next offset of ``events``
+
+RocksDB is a cache of the topic. It is written only after Kafka's transaction has been committed, in one batch with
+the checkpoint; whatever is lost of it is read again from the topic.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+from durably.errors import ConfigurationError
+from rocksdict import AccessType, Options, Rdict, ReadOptions, WriteBatch
+
+from durably_processor.engine.state import Header, OpenItem, RunState
+
+Changes = dict[bytes, bytes | None]
+"""Keys to put, or with None to delete."""
+
+CHECKPOINT = b"c"
+_encode = msgspec.msgpack.Encoder().encode
+_header = msgspec.msgpack.Decoder(Header).decode
+_item: msgspec.msgpack.Decoder[OpenItem] = msgspec.msgpack.Decoder(OpenItem)
+
+
+class Timer(NamedTuple):
+    """The timer of an open item; ordered by its time."""
+
+    due: int
+    run_id: str
+    correlation_id: str
+
+
+def _prefixed(text: str) -> bytes:
+    data = text.encode()
+    return len(data).to_bytes(2, "big") + data
+
+
+def event_key(run_id: str, seq: int) -> bytes:
+    """Of one event."""
+    return b"e" + _prefixed(run_id) + seq.to_bytes(8, "big")
+
+
+def timer_key(timer: Timer) -> bytes:
+    """Of one timer."""
+    return b"t" + timer.due.to_bytes(8, "big") + _prefixed(timer.run_id) + timer.correlation_id.encode()
+
+
+def _timer_of(key: bytes) -> Timer:
+    length = int.from_bytes(key[9:11], "big")
+    return Timer(int.from_bytes(key[1:9], "big"), key[11 : 11 + length].decode(), key[11 + length :].decode())
+
+
+class Stored:
+    """What the store holds of a run's open items, so that a change writes only what differs."""
+
+    __slots__ = ("blocked", "dues")
+
+    def __init__(self, state: RunState | None = None) -> None:
+        self.blocked = state.header.blocked if state else False
+        self.dues: dict[str, int] = {i: item.due for i, item in state.items.items()} if state else {}
+
+    def changes(self, state: RunState, into: Changes, created: set[bytes]) -> list[Timer]:
+        """Adds what has changed in ``state`` since the last call; returns the timers that are new.
+
+        ``created`` takes the keys that no earlier call has given a value.
+        """
+        header = state.header
+        run = _prefixed(header.run_id)
+        into[b"r" + run] = _encode(header)
+        timers = []
+        for correlation_id in state.touched:
+            item = state.items.get(correlation_id)
+            before = self.dues.pop(correlation_id, None)
+            if before is not None and (item is None or item.due != before):
+                into[timer_key(Timer(before, header.run_id, correlation_id))] = None
+            key = b"o" + run + correlation_id.encode()
+            if item is not None:
+                into[key] = _encode(item)
+                if before is None:
+                    created.add(key)
+                self.dues[correlation_id] = item.due
+                if item.due != before:
+                    timer = Timer(item.due, header.run_id, correlation_id)
+                    into[timer_key(timer)] = b""
+                    created.add(timer_key(timer))
+                    timers.append(timer)
+            elif before is not None:
+                into[key] = None
+        state.touched.clear()
+        return timers
+
+
+def blocked_key(run_id: str) -> bytes:
+    """Of a blocked run."""
+    return b"b" + _prefixed(run_id)
+
+
+class Store:
+    """An open partition. Reads may come from any thread; writes come from one at a time.
+
+    Raises:
+        ConfigurationError: another process has it open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._closed = False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = Options(raw_mode=True)
+        options.create_if_missing(True)
+        options.set_write_buffer_size(16 * 1024 * 1024)
+        options.set_max_write_buffer_number(3)
+        options.set_keep_log_file_num(2)
+        try:
+            self._db = Rdict(str(path), options, access_type=AccessType.read_write())
+        except Exception as e:
+            if "lock" not in str(e).lower():
+                raise
+            raise ConfigurationError(
+                f"{path} is open in another process: give each processor a data directory of its own (DURABLY_DATA_DIR)"
+            ) from e
+
+    def write(self, changes: Mapping[bytes, bytes | None]) -> None:
+        """Writes all of it or nothing."""
+        batch = WriteBatch(raw_mode=True)
+        for key, value in changes.items():
+            if value is None:
+                batch.delete(key)
+            else:
+                batch.put(key, value)
+        with self._lock:
+            if not self._closed:  # closed: a commit thread that was given up comes back late
+                self._db.write(batch)
+
+    def close(self) -> None:
+        """Closes the files; they are kept."""
+        with self._lock:
+            self._closed = True
+            self._db.close()
+
+    def clear(self) -> None:
+        """Forgets everything: it will be read from the topic again."""
+        for key in list(self._db.keys()):
+            self._db.delete(key)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint(self) -> int:
+        """The next offset of ``events`` to read."""
+        value = self._db.get(CHECKPOINT)
+        return int.from_bytes(value, "big") if value else 0
+
+    def state(self, run_id: str) -> RunState | None:
+        """A run's state; None where there is no such run."""
+        run = _prefixed(run_id)
+        value = self._db.get(b"r" + run)
+        if value is None:
+            return None
+        prefix = b"o" + run
+        items = {key[len(prefix) :].decode(): _item.decode(data) for key, data in self._scan(prefix)}
+        return RunState(_header(value), items)
+
+    def event(self, run_id: str, seq: int) -> bytes | None:
+        """One event, encoded."""
+        value: bytes | None = self._db.get(event_key(run_id, seq))
+        return value
+
+    def events(self, run_id: str, from_seq: int = 1) -> Iterator[bytes]:
+        """A run's log in order, encoded."""
+        prefix = b"e" + _prefixed(run_id)
+        for _, value in self._scan(prefix, start=event_key(run_id, from_seq)):
+            yield value
+
+    def timers(self, since: int, until: int) -> list[Timer]:
+        """All timers that are due from ``since`` on and before ``until``, in order."""
+        start, end = b"t" + since.to_bytes(8, "big"), b"t" + until.to_bytes(8, "big")
+        return [_timer_of(key) for key, _ in self._scan(b"t", start, end)]
+
+    def blocked(self) -> list[str]:
+        """The runs that wait for other code."""
+        return [key[3:].decode() for key, _ in self._scan(b"b")]
+
+    def _scan(self, prefix: bytes, start: bytes | None = None, end: bytes | None = None) -> Iterable[tuple[bytes, bytes]]:
+        options = ReadOptions()
+        options.set_iterate_upper_bound(end or _after(prefix))
+        for key, value in self._db.items(from_key=start or prefix, read_opt=options):
+            yield bytes(key), bytes(value)
+
+    # -- runs that kill their processor ----------------------------------------------------------------------------
+
+    def begin_activation(self, run_id: str) -> int:
+        """Notes, before it, that an activation begins; returns how many before this one never ended.
+
+        Written around activations that follow a crash, so that the owner after next does not die of the same run.
+        """
+        key = b"a" + _prefixed(run_id)
+        value = self._db.get(key)
+        unfinished = int.from_bytes(value, "big") if value else 0
+        self._db.put(key, (unfinished + 1).to_bytes(2, "big"))
+        return unfinished
+
+    def end_activation(self, run_id: str) -> None:
+        """The activation has ended, however it did."""
+        self._db.delete(b"a" + _prefixed(run_id))
+
+
+def _after(prefix: bytes) -> bytes:
+    """The first key behind all that begin with this prefix."""
+    return prefix[:-1] + bytes([prefix[-1] + 1]) if prefix[-1] < 255 else _after(prefix[:-1])

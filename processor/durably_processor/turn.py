@@ -1,0 +1,107 @@
+"""What the advance thread hands to the committer: the consequences of what it has read, by partition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from durably.broker.port import TP
+from durably_schemas.records import Reply, ReplyTo
+
+from durably_processor.state.store import Changes
+
+
+class Output(NamedTuple):
+    """A record to be written in the transaction."""
+
+    topic: str
+    value: bytes
+    key: bytes
+    partition: int | None = None
+
+
+Answer = tuple[ReplyTo, Callable[[], Reply]]
+"""To whom, and how to make the reply once everything that it speaks of is committed and applied."""
+
+
+class Dispatch:
+    """Requests that went out ahead of their transaction, which must not be committed before they are durable."""
+
+    __slots__ = ("acked", "error", "sent")
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.acked: list[int] = []  # appended to by whichever thread polls: an append is atomic
+        self.error: Exception | None = None
+
+    def on_ack(self, error: Exception | None, offset: int) -> None:
+        """The broker's answer to one of them."""
+        if error is not None:
+            self.error = error
+        self.acked.append(offset)
+
+    @property
+    def done(self) -> bool:
+        """All of them are durable, or one never will be."""
+        return len(self.acked) == self.sent or self.error is not None
+
+
+class Part:
+    """The consequences for one partition."""
+
+    __slots__ = ("answers", "changes", "created", "early", "events", "offsets", "outputs", "summaries", "urgent")
+
+    def __init__(self) -> None:
+        self.events: list[tuple[bytes, bytes]] = []  # (key, value)
+        self.outputs: list[Output] = []
+        self.early: list[Output] = []
+        self.summaries: dict[bytes, bytes] = {}  # the latest of each run
+        self.changes: Changes = {}
+        self.created: set[bytes] = set()  # keys of changes that RocksDB has never seen
+        self.offsets: dict[TP, int] = {}
+        self.answers: list[Answer] = []
+        self.urgent = False  # somebody waits for the commit
+
+    def change(self, changes: Changes, created: set[bytes]) -> None:
+        """Adds changes. What is created and deleted before it ever reached RocksDB leaves no trace."""
+        for key, value in changes.items():
+            if value is None and key in self.created:
+                self.created.discard(key)
+                del self.changes[key]
+            else:
+                self.changes[key] = value
+        self.created |= created
+
+    def merge(self, later: Part) -> None:
+        """Adds what came after."""
+        self.events += later.events
+        self.outputs += later.outputs
+        self.summaries.update(later.summaries)
+        self.change(later.changes, later.created)
+        self.offsets.update(later.offsets)
+        self.answers += later.answers
+        self.urgent |= later.urgent
+
+
+class Turn:
+    """One pass of the advance thread.
+
+    Args:
+        number: counted up; what is acknowledged is told by the last number.
+        acked: the last turn that was acknowledged when this one began.
+    """
+
+    __slots__ = ("acked", "dispatch", "number", "parts")
+
+    def __init__(self, number: int, acked: int) -> None:
+        self.number = number
+        self.acked = acked
+        self.parts: dict[int, Part] = {}
+        self.dispatch = Dispatch()
+
+    def part(self, partition: int) -> Part:
+        """The part of a partition."""
+        part = self.parts.get(partition)
+        if part is None:
+            part = self.parts[partition] = Part()
+        return part

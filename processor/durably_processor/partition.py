@@ -17,7 +17,7 @@ from durably_schemas import records as rec
 from durably_schemas.catalogue import partition_for
 from durably_schemas.records import Event, Reply, ReplyTo
 
-from durably_processor.engine.execution import RECORD_OVERHEAD, Environment, is_end
+from durably_processor.engine.execution import RECORD_OVERHEAD, Environment
 from durably_processor.engine.run import Outcome, Run
 from durably_processor.engine.state import OpenStep
 from durably_processor.state.store import Changes, Store, Stored, Timer, blocked_key, event_key
@@ -39,7 +39,7 @@ MAX_RUN_ID = 200
 Dispatch = Literal["early", "committed"]
 
 
-class PoisonedInput(Exception):  # noqa: N818 - carries an input, is no error of the caller
+class PoisonedInput(Exception):
     """Handling a record raised what nobody foresaw; the partition's memory can no longer be trusted."""
 
     def __init__(self, message: Message, run_id: str | None) -> None:
@@ -184,7 +184,7 @@ class Partition:
             raise CodecError(f"a {type(record).__name__} does not belong on {message.topic}")
         if isinstance(record, rec.ResumeHook):
             return
-        run_id: str = record.run_id  # type: ignore[attr-defined]
+        run_id: str = record.run_id
         key = run_id.encode()
         if message.key != key:
             raise CodecError(f"key {message.key!r} is not the run_id {run_id!r}")
@@ -244,7 +244,9 @@ class Partition:
         if record.reply_to is not None:
             run_id = record.run_id
             self._answer(
-                turn, record.reply_to, lambda r: Reply(request_id=r, run_id=run_id, existing=existing, summary=self._summary(run_id))
+                turn,
+                record.reply_to,
+                lambda r: Reply(request_id=r, run_id=run_id, existing=existing, summary=self._summary(run_id)),
             )
 
     def _guarded_start(self, record: rec.StartRun, at: int, traceparent: str | None) -> tuple[Run, Outcome]:
@@ -382,10 +384,7 @@ class Partition:
         if not ordered or state.waits or state.unsettled:
             entry.tainted = turn.number
         early = self._early and entry.tainted <= turn.acked
-        if self._caught_up:
-            outcome = act()
-        else:
-            outcome = self._act_warily(entry, act)
+        outcome = act() if self._caught_up else self._act_warily(entry, act)
         self._record(entry, outcome, turn, early=early, before=before)
 
     def _act_warily(self, entry: _Entry, act: Callable[[], Outcome]) -> Outcome:
@@ -437,9 +436,7 @@ class Partition:
         part.change(changes, created)
         entry.turn = turn.number
 
-    def _status_changed(
-        self, entry: _Entry, part: Part, changes: Changes, before: tuple[str, bool] | None
-    ) -> None:
+    def _status_changed(self, entry: _Entry, part: Part, changes: Changes, before: tuple[str, bool] | None) -> None:
         state = entry.run.state
         header = state.header
         run_id, key = header.run_id, header.run_id.encode()

@@ -181,7 +181,13 @@ class Processor:
                 transactions.close()
                 raise
             self._committer = Committer(
-                self._broker, self._catalogue, self._codec, self._plain, transactions, self._transactional_id, self._stores
+                self._broker,
+                self._catalogue,
+                self._codec,
+                self._plain,
+                transactions,
+                self._transactional_id,
+                self._stores,
             )
             self._committer.start(self._number)
         return self._committer
@@ -217,7 +223,9 @@ class Processor:
         self._resolve_predecessors(tps)
         committed = self._consumer.committed(tps, 30)
         missing = [tp for tp, c in committed.items() if c.offset < 0]
-        offsets = {tp: c.offset for tp, c in committed.items()} | (self._broker.start_offsets(missing) if missing else {})
+        offsets = {tp: c.offset for tp, c in committed.items()} | (
+            self._broker.start_offsets(missing) if missing else {}
+        )
         ends = self._broker.end_offsets(tps, committed=True)
         self._consumer.rewind(offsets)
         for number in numbers:
@@ -274,7 +282,9 @@ class Processor:
         committer = self._committer
         clean = committer is not None and committer.drain(DRAIN)
         if clean:
-            offsets = {tp: o for n in partitions if n in self._partitions for tp, o in self._partitions[n].offsets().items()}
+            offsets = {
+                tp: o for n in partitions if n in self._partitions for tp, o in self._partitions[n].offsets().items()
+            }
             try:
                 if offsets:
                     self._consumer.commit(released(offsets), wait=True)
@@ -312,11 +322,19 @@ class Processor:
     def _check_topics(self) -> None:
         names = [*self._inputs, self._catalogue.events]
         found = self._broker.describe(
-            [*names, self._catalogue.runs, self._catalogue.replies, self._catalogue.streams, self._catalogue.dead_letters]
+            [
+                *names,
+                self._catalogue.runs,
+                self._catalogue.replies,
+                self._catalogue.streams,
+                self._catalogue.dead_letters,
+            ]
         )
         missing = [t.name for t in self._catalogue.topics(()) if t.name not in found]
         if missing:
-            raise ConfigurationError(f"topics are missing: {', '.join(missing)}: create them with `durably topics create`")
+            raise ConfigurationError(
+                f"topics are missing: {', '.join(missing)}: create them with `durably topics create`"
+            )
         wrong = {name: found[name].partitions for name in names if found[name].partitions != self._catalogue.partitions}
         if wrong:
             listed = ", ".join(f"{name} has {n}" for name, n in wrong.items())
@@ -399,5 +417,3 @@ def _slot(path: Path) -> str:
     if not path.exists():
         path.write_text(uuid.uuid4().hex)
     return path.read_text()
-
-

@@ -1,5 +1,8 @@
 """Avro on the wire: single-object encoding out; single-object encoding or the Confluent wire format in.
 
+Our own schemas are compiled (`durably_schemas.compiled`); fastavro parses them, fingerprints them, and reads what other
+versions of them wrote.
+
 Single-object encoding (Avro 1.12 specification, "Single-object encoding"): the bytes ``C3 01``, the CRC-64-AVRO
 fingerprint of the writer's schema in canonical form, little-endian, then the body. Confluent wire format: a zero
 byte, the schema's id in a Schema Registry as four bytes, big-endian, then the body.
@@ -14,11 +17,11 @@ from io import BytesIO
 from typing import Any, TypeVar
 
 import fastavro
-import msgspec
 from fastavro.schema import fingerprint as avro_fingerprint
 from fastavro.schema import to_parsing_canonical_form
 
 from durably_schemas import events, records
+from durably_schemas.compiled import Compiler
 
 MARKER = b"\xc3\x01"
 HEADER = 10  # marker and fingerprint
@@ -72,81 +75,8 @@ def _class_of(full_name: str) -> type[records.Record]:
     return _CLASSES[f"durably_schemas.{'events' if namespace.endswith('events') else 'records'}.{name}"]
 
 
-_To = Callable[[Any], Any]
-
-
-class _Shapes:
-    """Conversions between our records and what fastavro reads and writes, built once from a schema.
-
-    Only fields that hold records need any: the rest of a record is copied as it is.
-    """
-
-    def __init__(self) -> None:
-        self._named: dict[str, tuple[_To, _To]] = {}
-
-    def of(self, schema: Any) -> tuple[_To, _To] | None:
-        """(to Avro, from Avro) for a schema, or None where a value goes as it is."""
-        if isinstance(schema, str):
-            return self._named.get(schema)
-        if isinstance(schema, list):
-            return self._union(schema)
-        if schema["type"] == "array":
-            return self._array(self.of(schema["items"]))
-        return self._record(schema) if schema["type"] == "record" else None
-
-    def _array(self, item: tuple[_To, _To] | None) -> tuple[_To, _To]:
-        if item is None:
-            return list, tuple
-        to, back = item
-        return lambda xs: [to(x) for x in xs], lambda xs: tuple([back(x) for x in xs])
-
-    def _union(self, branches: list[Any]) -> tuple[_To, _To] | None:
-        named = {}
-        for branch in branches:
-            shape = self.of(branch)
-            if shape is not None:
-                named[branch if isinstance(branch, str) else f"{branch['namespace']}.{branch['name']}"] = shape
-        if not named:
-            return None
-        if len(named) == 1:
-            ((to, back),) = named.values()
-            return lambda x: None if x is None else to(x), lambda x: None if x is None else back(x[1])
-        tos = {_class_of(name): (name, shape[0]) for name, shape in named.items()}
-        backs = {name: shape[1] for name, shape in named.items()}
-
-        def to_avro(x: Any) -> Any:
-            name, convert = tos[type(x)]
-            return name, convert(x)
-
-        return to_avro, lambda x: backs[x[0]](x[1])
-
-    def _record(self, schema: Json) -> tuple[_To, _To]:
-        name = f"{schema['namespace']}.{schema['name']}"
-        nested: list[tuple[str, _To, _To]] = []
-        cls = _class_of(name)
-        asdict = msgspec.structs.asdict
-
-        def to_avro(x: Any) -> Any:
-            d = asdict(x)
-            for field, to, _ in nested:
-                d[field] = to(d[field])
-            return d
-
-        def from_avro(d: Any) -> Any:
-            for field, _, back in nested:
-                d[field] = back(d[field])
-            return cls(**d)
-
-        self._named[name] = (to_avro, from_avro)  # before its fields: a record may refer to itself
-        for field in schema["fields"]:
-            shape = self.of(field["type"])
-            if shape is not None:
-                nested.append((field["name"], *shape))
-        return self._named[name]
-
-
 class _Shape:
-    """One record type: how to write it, and how to make it of what was read."""
+    """One record type: its schema, and the functions compiled from it."""
 
     def __init__(self, cls: type[records.Record]) -> None:
         schema = schema_of(cls.__name__)
@@ -155,8 +85,18 @@ class _Shape:
         self.parsed = fastavro.parse_schema(_plain(schema))
         self.fingerprint = fingerprint_of(schema)
         self.header = MARKER + self.fingerprint
-        to_avro, from_avro = _Shapes()._record(schema)
-        self.to_avro, self.from_avro = to_avro, from_avro
+        self.encode, self.decode = Compiler(_class_of).compile(schema)
+
+    def transcoded(self, data: bytes, skip: int, writer: Any) -> bytes:
+        """What another version of the schema wrote, as this version writes it (Avro's schema resolution)."""
+        body = BytesIO(data)
+        body.seek(skip)
+        raw = fastavro.schemaless_reader(body, writer, self.parsed, return_record_name=True)
+        if body.read(1):
+            raise ValueError("bytes are left over")
+        out = BytesIO()
+        fastavro.schemaless_writer(out, self.parsed, raw)
+        return out.getvalue()
 
 
 class Codec:
@@ -175,29 +115,27 @@ class Codec:
     def encode(self, record: records.Record) -> bytes:
         """The record in single-object encoding. Raises `CodecError` when a field does not fit the schema."""
         shape = _SHAPES[type(record)]
-        out = BytesIO()
-        out.write(shape.header)
         try:
-            fastavro.schemaless_writer(out, shape.parsed, shape.to_avro(record))
+            return shape.header + b"".join(shape.encode(record))
         except Exception as e:
             raise CodecError(f"this {shape.name} does not fit its schema: {e}: {record!r:.300}") from e
-        return out.getvalue()
 
     def decode(self, data: bytes | None) -> records.Record:
         """The record in these bytes. Raises `CodecError`, saying what they are instead."""
-        shape, writer, skip = self._recognise(data)
-        body = BytesIO(data)
-        body.seek(skip)
+        if not data:
+            raise CodecError("an empty value")
+        shape, writer, at = self._recognise(data)
         try:
-            if writer is None:
-                raw = fastavro.schemaless_reader(body, shape.parsed, None, return_record_name=True)
-            else:
-                raw = fastavro.schemaless_reader(body, writer, shape.parsed, return_record_name=True)
-            record: records.Record = shape.from_avro(raw)
+            if writer is not None:
+                data, at = shape.transcoded(data, at, writer), 0
+            record: records.Record
+            record, end = shape.decode(data, at)
         except Exception as e:
             raise CodecError(f"not a readable {shape.name}: {type(e).__name__}: {e}") from e
-        if body.read(1):
-            raise CodecError(f"bytes are left over behind this {shape.name}")
+        if end != len(data):
+            raise CodecError(
+                f"{'bytes are left over behind' if end < len(data) else 'bytes are missing in'} this {shape.name}"
+            )
         return record
 
     def decode_as(self, cls: type[R], data: bytes | None) -> R:
@@ -207,9 +145,7 @@ class Codec:
             raise CodecError(f"a {type(record).__name__} where a {cls.__name__} was expected")
         return record
 
-    def _recognise(self, data: bytes | None) -> tuple[_Shape, Any, int]:
-        if not data:
-            raise CodecError("an empty value")
+    def _recognise(self, data: bytes) -> tuple[_Shape, Any, int]:
         if data[:2] == MARKER:
             known = self._writers.get(data[2:HEADER])
             if known is None:
@@ -224,7 +160,9 @@ class Codec:
 
     def _look_up(self, schema_id: int) -> tuple[_Shape, Any]:
         if self._registry is None:
-            raise CodecError(f"in the Confluent wire format (schema id {schema_id}), but no schema registry is configured")
+            raise CodecError(
+                f"in the Confluent wire format (schema id {schema_id}), but no schema registry is configured"
+            )
         schema = self._registry(schema_id)
         name = str(schema.get("name"))
         full_name = name if "." in name else f"{schema.get('namespace', '')}.{name}"

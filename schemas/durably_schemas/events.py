@@ -5,7 +5,7 @@ from __future__ import annotations
 from durably_schemas.records import Error, Event, Parent, Payload, Record, RunStatus, StreamWritten
 
 
-class Backoff(Record):
+class Backoff(Record, frozen=True, kw_only=True):
     """Delay before retry n, counted from 1: ``min(max_ms, initial_ms * factor ** (n - 1))``."""
 
     initial_ms: int
@@ -13,7 +13,7 @@ class Backoff(Record):
     max_ms: int
 
 
-class RunCreated(Record):
+class RunCreated(Record, frozen=True, kw_only=True):
     """The first entry."""
 
     workflow: str
@@ -24,37 +24,37 @@ class RunCreated(Record):
     traceparent: str | None = None
 
 
-class RunStarted(Record):
+class RunStarted(Record, frozen=True, kw_only=True):
     """Workflow code begins."""
 
     code_version: str | None = None
 
 
-class RunCompleted(Record):
+class RunCompleted(Record, frozen=True, kw_only=True):
     """Workflow code returned."""
 
     result: Payload
 
 
-class RunFailed(Record):
+class RunFailed(Record, frozen=True, kw_only=True):
     """Workflow code raised."""
 
     error: Error
 
 
-class RunCancelling(Record):
+class RunCancelling(Record, frozen=True, kw_only=True):
     """Cancellation is delivered into the workflow; its cleanup may still run steps."""
 
     reason: str | None = None
 
 
-class RunCancelled(Record):
+class RunCancelled(Record, frozen=True, kw_only=True):
     """The workflow has ended after a cancellation."""
 
     reason: str | None = None
 
 
-class RunBlocked(Record):
+class RunBlocked(Record, frozen=True, kw_only=True):
     """The run waits for other code: its own diverged from the log, is missing, or never yields."""
 
     error: Error
@@ -62,13 +62,13 @@ class RunBlocked(Record):
     found: str | None = None
 
 
-class RunUnblocked(Record):
+class RunUnblocked(Record, frozen=True, kw_only=True):
     """Other code took the run further."""
 
     code_version: str | None = None
 
 
-class StepCreated(Record):
+class StepCreated(Record, frozen=True, kw_only=True):
     """The workflow called a step."""
 
     step: str
@@ -80,7 +80,7 @@ class StepCreated(Record):
     timeout: int | None = None
 
 
-class StepStarted(Record):
+class StepStarted(Record, frozen=True, kw_only=True):
     """An attempt was running: written with its result, or earlier when it became a lease."""
 
     attempt: int
@@ -90,13 +90,13 @@ class StepStarted(Record):
     execution: int = 1
 
 
-class StepScheduled(Record):
+class StepScheduled(Record, frozen=True, kw_only=True):
     """A timer handed an attempt out (again): a retry, or a request that nobody took for days."""
 
     attempt: int
 
 
-class StepRetrying(Record):
+class StepRetrying(Record, frozen=True, kw_only=True):
     """An attempt failed; ``attempt`` is the one that comes next."""
 
     attempt: int
@@ -104,7 +104,7 @@ class StepRetrying(Record):
     retry_at: int
 
 
-class StepCompleted(Record):
+class StepCompleted(Record, frozen=True, kw_only=True):
     """The step has its result."""
 
     attempt: int
@@ -112,14 +112,14 @@ class StepCompleted(Record):
     streams: tuple[StreamWritten, ...] = ()
 
 
-class StepFailed(Record):
+class StepFailed(Record, frozen=True, kw_only=True):
     """The step has failed for good."""
 
     attempt: int
     error: Error
 
 
-class HookCreated(Record):
+class HookCreated(Record, frozen=True, kw_only=True):
     """The run waits for outside data under this token."""
 
     token: str
@@ -127,37 +127,37 @@ class HookCreated(Record):
     webhook: bool = False
 
 
-class HookConflict(Record):
+class HookConflict(Record, frozen=True, kw_only=True):
     """Another run holds the token."""
 
     token: str
     holder_run_id: str
 
 
-class HookReceived(Record):
+class HookReceived(Record, frozen=True, kw_only=True):
     """Outside data arrived."""
 
     resume_id: str
     payload: Payload
 
 
-class HookDisposed(Record):
+class HookDisposed(Record, frozen=True, kw_only=True):
     """The run gave the token back."""
 
 
-class WaitCreated(Record):
+class WaitCreated(Record, frozen=True, kw_only=True):
     """The workflow sleeps, or has set a timeout, until ``due_at``."""
 
     due_at: int
 
 
-class WaitCompleted(Record):
+class WaitCompleted(Record, frozen=True, kw_only=True):
     """The wait is over: its time came, or the workflow dropped it."""
 
     cancelled: bool = False
 
 
-class ChildCreated(Record):
+class ChildCreated(Record, frozen=True, kw_only=True):
     """The workflow started another run."""
 
     child_run_id: str
@@ -166,7 +166,7 @@ class ChildCreated(Record):
     attributes: dict[str, str] = {}
 
 
-class ChildCompleted(Record):
+class ChildCompleted(Record, frozen=True, kw_only=True):
     """A child run has ended."""
 
     status: RunStatus
@@ -174,19 +174,19 @@ class ChildCompleted(Record):
     error: Error | None = None
 
 
-class AttributesSet(Record):
+class AttributesSet(Record, frozen=True, kw_only=True):
     """Attributes of the run changed; ``None`` removes one."""
 
     attributes: dict[str, str | None]
 
 
-class TokenClaimed(Record):
+class TokenClaimed(Record, frozen=True, kw_only=True):
     """A run holds this token."""
 
     hook_id: str
 
 
-class TokenReleased(Record):
+class TokenReleased(Record, frozen=True, kw_only=True):
     """The token is free."""
 
     hook_id: str

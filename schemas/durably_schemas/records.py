@@ -24,14 +24,14 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """What every record is: immutable, compared by value."""
 
 
-class Payload(Record):
+class Payload(Record, frozen=True, kw_only=True):
     """A user value: its media type and its bytes."""
 
     content_type: str
     data: bytes
 
 
-class Error(Record):
+class Error(Record, frozen=True, kw_only=True):
     """An exception as data. ``type`` is ``module:qualname``, or a bare name from a foreign language."""
 
     type: str
@@ -41,14 +41,14 @@ class Error(Record):
     cause: Error | None = None
 
 
-class ReplyTo(Record):
+class ReplyTo(Record, frozen=True, kw_only=True):
     """Where an answer goes: a partition of ``replies``, and the id that the asker waits for."""
 
     partition: int
     request_id: str
 
 
-class Parent(Record):
+class Parent(Record, frozen=True, kw_only=True):
     """The run that started this one, and where in it."""
 
     run_id: str
@@ -56,7 +56,7 @@ class Parent(Record):
     root_run_id: str
 
 
-class StartRun(Record):
+class StartRun(Record, frozen=True, kw_only=True):
     """Asks for a run. A second start of the same ``run_id`` attaches to the first."""
 
     run_id: str
@@ -69,7 +69,7 @@ class StartRun(Record):
     reply_to: ReplyTo | None = None
 
 
-class ResumeHook(Record):
+class ResumeHook(Record, frozen=True, kw_only=True):
     """Delivers a payload to the hook with this token; a second resume with the same ``resume_id`` is dropped."""
 
     token: str
@@ -79,7 +79,7 @@ class ResumeHook(Record):
     reply_to: ReplyTo | None = None
 
 
-class CancelRun(Record):
+class CancelRun(Record, frozen=True, kw_only=True):
     """Asks for the cancellation of a run."""
 
     run_id: str
@@ -88,7 +88,7 @@ class CancelRun(Record):
     reply_to: ReplyTo | None = None
 
 
-class QueryRun(Record):
+class QueryRun(Record, frozen=True, kw_only=True):
     """Asks about a run; ``RESULT`` is answered when the run has ended."""
 
     run_id: str
@@ -98,7 +98,7 @@ class QueryRun(Record):
     token: str | None = None
 
 
-class StepRequest(Record):
+class StepRequest(Record, frozen=True, kw_only=True):
     """One attempt of a step, for a worker of its queue. ``timeout`` is in milliseconds."""
 
     run_id: str
@@ -113,13 +113,13 @@ class StepRequest(Record):
     timeout: int | None = None
 
 
-class StepSucceeded(Record):
+class StepSucceeded(Record, frozen=True, kw_only=True):
     """An attempt returned."""
 
     result: Payload
 
 
-class StepFailed(Record):
+class StepFailed(Record, frozen=True, kw_only=True):
     """An attempt raised. ``retry_after`` in milliseconds; ``fatal`` forbids a retry."""
 
     error: Error
@@ -127,7 +127,7 @@ class StepFailed(Record):
     fatal: bool = False
 
 
-class StreamWritten(Record):
+class StreamWritten(Record, frozen=True, kw_only=True):
     """What one execution of a step wrote to one stream."""
 
     namespace: str
@@ -137,7 +137,7 @@ class StreamWritten(Record):
     chunks: int
 
 
-class StepResult(Record):
+class StepResult(Record, frozen=True, kw_only=True):
     """How an attempt ended."""
 
     run_id: str
@@ -151,7 +151,7 @@ class StepResult(Record):
     streams: tuple[StreamWritten, ...] = ()
 
 
-class StepHeartbeat(Record):
+class StepHeartbeat(Record, frozen=True, kw_only=True):
     """A worker still runs this attempt, and will say so again before ``lease_until``."""
 
     run_id: str
@@ -163,7 +163,7 @@ class StepHeartbeat(Record):
     details: Payload | None = None
 
 
-class StepClaim(Record):
+class StepClaim(Record, frozen=True, kw_only=True):
     """A worker asks whether an attempt that it found in its queue is still to be run."""
 
     run_id: str
@@ -173,7 +173,7 @@ class StepClaim(Record):
     reply_to: ReplyTo
 
 
-class RunSummary(Record):
+class RunSummary(Record, frozen=True, kw_only=True):
     """The latest state of a run; on the compacted topic ``runs``."""
 
     run_id: str
@@ -189,7 +189,7 @@ class RunSummary(Record):
     code_version: str | None = None
 
 
-class Reply(Record):
+class Reply(Record, frozen=True, kw_only=True):
     """An answer to a command or a claim."""
 
     request_id: str
@@ -205,7 +205,7 @@ class Reply(Record):
     execution: int = 0
 
 
-class StreamChunk(Record):
+class StreamChunk(Record, frozen=True, kw_only=True):
     """One piece of a stream. An END with an empty namespace closes every stream of the run."""
 
     run_id: str
@@ -217,7 +217,7 @@ class StreamChunk(Record):
     payload: Payload | None = None
 
 
-class DeadLetter(Record):
+class DeadLetter(Record, frozen=True, kw_only=True):
     """A record that could not be handled, as it was found."""
 
     topic: str
@@ -230,7 +230,7 @@ class DeadLetter(Record):
     at: int
 
 
-class ClaimToken(Record):
+class ClaimToken(Record, frozen=True, kw_only=True):
     """A run asks the owner of a custom token for it."""
 
     token: str
@@ -238,21 +238,21 @@ class ClaimToken(Record):
     hook_id: str
 
 
-class TokenGranted(ClaimToken):
+class TokenGranted(ClaimToken, frozen=True, kw_only=True):
     """The owner's yes."""
 
 
-class TokenRefused(ClaimToken):
+class TokenRefused(ClaimToken, frozen=True, kw_only=True):
     """The owner's no: who holds it."""
 
     holder_run_id: str
 
 
-class ReleaseToken(ClaimToken):
+class ReleaseToken(ClaimToken, frozen=True, kw_only=True):
     """A holder gives a token back; applies to this holder only."""
 
 
-class HookDelivery(ClaimToken):
+class HookDelivery(ClaimToken, frozen=True, kw_only=True):
     """A payload on its way from a custom token's owner to the run's."""
 
     resume_id: str
@@ -260,7 +260,7 @@ class HookDelivery(ClaimToken):
     reply_to: ReplyTo | None = None
 
 
-class ChildFinished(Record):
+class ChildFinished(Record, frozen=True, kw_only=True):
     """A child run has ended."""
 
     run_id: str
@@ -271,7 +271,7 @@ class ChildFinished(Record):
     error: Error | None = None
 
 
-class Event(Record):
+class Event(Record, frozen=True, kw_only=True):
     """One entry of a run's log. ``seq`` is dense from 1 within the run."""
 
     run_id: str

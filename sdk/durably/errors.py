@@ -1,25 +1,25 @@
 """Every error that durably raises.
 
-    DurablyError
-    ├── FatalError                  raised by a step: do not retry
-    ├── RetryableError              raised by a step: retry, after retry_after
-    ├── StepError                   a step's exception whose class cannot be rebuilt
-    ├── StepTimeoutError            an attempt took longer than its timeout
-    ├── WorkerLostError             the worker of an attempt fell silent
-    ├── RunFailedError              the run ended with an exception (.cause)
-    ├── RunCancelledError           the run was cancelled
-    ├── RunBlockedError             the run waits for other code
-    ├── RunNotFoundError            there is no such run
-    ├── SerializationError          a value cannot be written or read; names the path
-    ├── DeterminismError            workflow code did what only a step may do
-    ├── NonDeterminismError         workflow code differs from what its log says it did
-    ├── RegistrationError           a workflow or step cannot be registered, or is not
-    ├── ConfigurationError          a setting, URL, module or topic is not as it must be
-    └── BrokerError                 Kafka, or the embedded broker, did not do as asked
-        ├── BrokerUnreachable       nobody answers
-        ├── Fenced                  another process is the owner now
-        ├── RecordTooLarge          a record is larger than its topic takes
-        └── UnknownTopic            a topic is missing
+DurablyError
+├── FatalError                  raised by a step: do not retry
+├── RetryableError              raised by a step: retry, after retry_after
+├── StepError                   a step's exception whose class cannot be rebuilt
+├── StepTimeoutError            an attempt took longer than its timeout
+├── WorkerLostError             the worker of an attempt fell silent
+├── RunFailedError              the run ended with an exception (.cause)
+├── RunCancelledError           the run was cancelled
+├── RunBlockedError             the run waits for other code
+├── RunNotFoundError            there is no such run
+├── SerializationError          a value cannot be written or read; names the path
+├── DeterminismError            workflow code did what only a step may do
+├── NonDeterminismError         workflow code differs from what its log says it did
+├── RegistrationError           a workflow or step cannot be registered, or is not
+├── ConfigurationError          a setting, URL, module or topic is not as it must be
+└── BrokerError                 Kafka, or the embedded broker, did not do as asked
+    ├── BrokerUnreachable       nobody answers
+    ├── Fenced                  another process is the owner now
+    ├── RecordTooLarge          a record is larger than its topic takes
+    └── UnknownTopic            a topic is missing
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class StepError(DurablyError):
         type: the class's name, as recorded.
     """
 
-    def __init__(self, message: str, type: str = "Exception") -> None:
+    def __init__(self, message: str, type: str = "Exception") -> None:  # noqa: A002 - named for the attribute
         super().__init__(message, type)
         self.message = message
         self.type = type

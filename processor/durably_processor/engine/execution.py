@@ -48,7 +48,7 @@ class Command(NamedTuple):
     correlation_id: str | None = None
 
 
-class Blocked(Exception):  # noqa: N818 - a state of the run, not an error of the caller
+class Blocked(Exception):
     """The run cannot go on with this code; carries what its run_blocked event says."""
 
     def __init__(self, error: Error, expected: str | None = None, found: str | None = None) -> None:

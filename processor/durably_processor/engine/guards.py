@@ -245,7 +245,12 @@ def _shared_random() -> None:
     shared = random._inst  # type: ignore[attr-defined]
     shared.__class__ = _SharedRandom
     _undo.append(functools.partial(setattr, shared, "__class__", random.Random))
-    _rebind([_set(random, name, getattr(shared, name)) for name in ("random", "getrandbits", "seed", "getstate", "setstate")])
+    _rebind(
+        [
+            _set(random, name, getattr(shared, name))
+            for name in ("random", "getrandbits", "seed", "getstate", "setstate")
+        ]
+    )
 
 
 def _entropy() -> Iterator[tuple[object, object]]:
@@ -354,7 +359,9 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
     if event == "open" and _is_time_zone(args[0]):
         return
     loop.check_alive()
-    shown = ", ".join(repr(a) for a in args if isinstance(a, str | bytes | int | tuple | list) and not isinstance(a, bool))
+    shown = ", ".join(
+        repr(a) for a in args if isinstance(a, str | bytes | int | tuple | list) and not isinstance(a, bool)
+    )
     if event == "open" and args:
         shown = repr(args[0])
     elif event in _REFUSED_TOO and event != "time.sleep":

@@ -196,10 +196,12 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
             finally:
                 _set_running_loop(previous)
         finally:
-            if collecting:
-                gc.enable()
-            if previous is not None:  # otherwise they stay: setting them costs as much as the rest of an activation
-                sys.set_asyncgen_hooks(*hooks)
+            try:
+                if collecting:
+                    gc.enable()
+            finally:
+                if previous is not None:  # otherwise they stay: setting them costs as much as the rest of an activation
+                    sys.set_asyncgen_hooks(*hooks)
 
     def fire(self, timer: int) -> None:
         """Puts the timer's callback on the ready queue. Raises KeyError where the timer is not set (any more)."""
@@ -410,7 +412,9 @@ def _generator_dropped(generator: AsyncGenerator[Any, Any]) -> None:
         limbo = DeterministicLoop("", _Nobody())
         limbo.track_generator(generator)
         limbo.close()
-    elif not loop.dead:
+    elif loop.dead:
+        _end_generator(generator)
+    else:
         loop.create_task(generator.aclose())
 
 

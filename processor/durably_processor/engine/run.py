@@ -324,5 +324,3 @@ def _silence(step: OpenStep, at: int) -> Error:
     if step.timeout is not None and step.started_at is not None and at >= step.started_at + step.timeout:
         return to_error(StepTimeoutError(f"step {step.step!r} took longer than its timeout of {step.timeout} ms"))
     return to_error(WorkerLostError(f"worker {step.worker} fell silent while it ran step {step.step!r}"))
-
-

@@ -265,9 +265,7 @@ def _lease_due(step: OpenStep, lease_until: int) -> int:
     return min(lease_until, step.started_at + step.timeout + TIMEOUT_GRACE_MS)
 
 
-_APPLY = {
-    cls: getattr(RunState, f"_{name}") for cls, name in ev.TYPE_OF.items() if hasattr(RunState, f"_{name}")
-}
+_APPLY = {cls: getattr(RunState, f"_{name}") for cls, name in ev.TYPE_OF.items() if hasattr(RunState, f"_{name}")}
 
 
 def created(event: Event) -> RunState:

@@ -101,9 +101,7 @@ class _Watch:
             return self._watchdog._limit
         if self._place is None:
             self._place = _place(self._thread)
-        interrupt = functools.partial(
-            _set_async_exc, ctypes.c_ulong(self._thread), ctypes.py_object(ActivationTimeout)
-        )
+        interrupt = functools.partial(_set_async_exc, ctypes.c_ulong(self._thread), ctypes.py_object(ActivationTimeout))
         # Asking and interrupting must be one: threads switch between bytecodes, and there are none within this call,
         # which is C all the way (all, map, call, locked, and a foreign function that keeps the GIL).
         all(map(operator.call, (self._armed.locked, interrupt)))

@@ -194,11 +194,14 @@ class Store:
         """The runs that wait for other code."""
         return [key[3:].decode() for key, _ in self._scan(b"b")]
 
-    def _scan(self, prefix: bytes, start: bytes | None = None, end: bytes | None = None) -> Iterable[tuple[bytes, bytes]]:
+    def _scan(
+        self, prefix: bytes, start: bytes | None = None, end: bytes | None = None
+    ) -> Iterable[tuple[bytes, bytes]]:
         options = ReadOptions()
         options.set_iterate_upper_bound(end or _after(prefix))
         for key, value in self._db.items(from_key=start or prefix, read_opt=options):
-            yield bytes(key), bytes(value)
+            assert isinstance(key, bytes)  # raw mode
+            yield key, value
 
     # -- runs that kill their processor ----------------------------------------------------------------------------
 

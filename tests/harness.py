@@ -57,18 +57,20 @@ class System:
         self.processors: list[RunningProcessor] = []
         self.workers: list[Worker] = []
 
-    def start_processor(self, name: str = "p", *, wait: bool = True, registry: Registry = registry, **options) -> RunningProcessor:
+    def start_processor(
+        self, name: str = "p", *, wait: bool = True, registry: Registry = registry, **options
+    ) -> RunningProcessor:
         ready = threading.Event()
         if not wait:
             ready.set()
-        processor = Processor(
-            self.broker, self.catalogue, registry, self.folder / name, ready=ready.set, **options
-        )
+        processor = Processor(self.broker, self.catalogue, registry, self.folder / name, ready=ready.set, **options)
         running = RunningProcessor(processor, ready)
         self.processors.append(running)
         return running
 
-    def start_worker(self, queues: Sequence[str] = ("default", "other"), *, registry: Registry = registry, **options) -> Worker:
+    def start_worker(
+        self, queues: Sequence[str] = ("default", "other"), *, registry: Registry = registry, **options
+    ) -> Worker:
         worker = Worker(self.broker, self.catalogue, registry, queues=queues, **options)
         worker.start()
         self.workers.append(worker)

@@ -107,8 +107,8 @@ class Partition:
         self._runs: OrderedDict[str, _Entry] = OrderedDict()
         self._bytes = 0
         self._finished: deque[tuple[int, str]] = deque()
-        self._timers: list[Timer] = []
-        self._horizon = 0
+        self._horizon = now() + WINDOW_MS
+        self._timers = store.timers(0, self._horizon)  # ordered, and so a heap
         self._waiting: dict[str, dict[str, ReplyTo]] = {}
         self._committed = dict(positions)
         self._parked: list[Message] = []

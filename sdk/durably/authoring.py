@@ -9,7 +9,7 @@ import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from durably_schemas import Catalogue, events
 
@@ -18,8 +18,8 @@ from durably.errors import ConfigurationError, DurablyError, RegistrationError
 from durably.runtime import workflow_context
 
 if TYPE_CHECKING:
-    from types import ModuleType
     from collections.abc import Awaitable, Callable, Coroutine
+    from types import ModuleType
 
 P = ParamSpec("P")
 R = TypeVar("R")

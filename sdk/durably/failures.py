@@ -15,6 +15,7 @@ from durably.errors import SerializationError, StepError
 
 if TYPE_CHECKING:
     from types import ModuleType
+
     from durably_schemas.records import Payload
 
 CAUSES = 8  # how long a chain of causes is recorded

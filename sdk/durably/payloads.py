@@ -15,7 +15,7 @@ from enum import Enum
 from functools import lru_cache
 from hashlib import blake2b
 from types import SimpleNamespace
-from typing import Any, Never, NoReturn, get_type_hints, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Never, NoReturn, get_type_hints
 from uuid import UUID
 
 import msgspec

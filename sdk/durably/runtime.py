@@ -14,6 +14,7 @@ from durably.errors import DurablyError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+
     from durably.authoring import StepDefinition
     from durably.durations import Duration
 

@@ -203,7 +203,12 @@ def running(system):
 
 def test_every_way_to_run_steps(running):
     client = running.client
-    runs = [client.start(sequential, 5), client.start(mixed, 6), client.start(inlines, 4), client.start(describes_itself)]
+    runs = [
+        client.start(sequential, 5),
+        client.start(mixed, 6),
+        client.start(inlines, 4),
+        client.start(describes_itself),
+    ]
     assert runs[0].result(30) == 10
     assert runs[1].result(30) == [0, 2, 4, 6, 8, 10]
     assert runs[2].result(30) == 12
@@ -306,7 +311,10 @@ def test_what_cannot_be_read_goes_to_dead_letters_and_the_rest_goes_on(running):
     commands = running.catalogue.commands
     codec = Codec()
     start = records.StartRun(
-        run_id="r", workflow="sequential", input=records.Payload(content_type="application/json", data=b"[1]"), requested_at=0
+        run_id="r",
+        workflow="sequential",
+        input=records.Payload(content_type="application/json", data=b"[1]"),
+        requested_at=0,
     )
     bad = [
         (b"nonsense", b"k", 0),

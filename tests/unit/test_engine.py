@@ -61,7 +61,9 @@ class Bench:
         self.log += outcome.events
         self.open += [request for _, request in outcome.requests]
 
-    def result(self, request: rec.StepRequest, value: object = None, error: BaseException | None = None, **more) -> None:
+    def result(
+        self, request: rec.StepRequest, value: object = None, error: BaseException | None = None, **more
+    ) -> None:
         if request in self.open:
             self.open.remove(request)
         self.now += 10
@@ -414,7 +416,11 @@ def test_a_step_that_runs_long_becomes_a_lease_that_lapses_into_a_retry():
     assert bench.types()[-1] == "step_started"
     assert bench.run.timer(request.step_id, T0 + 20_000).events == []
     claim = rec.StepClaim(
-        run_id="wrun_1", step_id=request.step_id, attempt=1, worker="v", reply_to=rec.ReplyTo(partition=0, request_id="q")
+        run_id="wrun_1",
+        step_id=request.step_id,
+        attempt=1,
+        worker="v",
+        reply_to=rec.ReplyTo(partition=0, request_id="q"),
     )
     assert bench.run.claim(claim, bench.now)[1] == "LEASED"
     bench.next_timer()
@@ -564,9 +570,9 @@ def drive(shape, choices: list[int], *, evict: bool, cancel_after: int | None) -
             bench.take(bench.run.cancel("test", bench.now))
         elif bench.open and (choice % 4 or not any(hasattr(i, "due") for i in bench.run.state.items.values())):
             request = bench.open[choice % len(bench.open)]
-            bench.result(request, error=ZeroDivisionError("no") if choice % 7 == 0 else None, fatal=choice % 2 == 0) if (
-                choice % 7 == 0
-            ) else bench.result(request)
+            bench.result(
+                request, error=ZeroDivisionError("no") if choice % 7 == 0 else None, fatal=choice % 2 == 0
+            ) if (choice % 7 == 0) else bench.result(request)
         elif bench.run.state.items:
             bench.next_timer()
         else:
@@ -588,7 +594,10 @@ def test_live_evicted_and_replayed_executions_give_identical_logs(shape, choices
     # From every prefix that ends with an input's consequences, replay asks for nothing that the log does not have.
     for end in range(2, len(live.log)):
         following = live.log[end].data
-        boundary = isinstance(following, ev.StepStarted | ev.RunCancelling | ev.StepScheduled) or following == ev.WaitCompleted()
+        boundary = (
+            isinstance(following, ev.StepStarted | ev.RunCancelling | ev.StepScheduled)
+            or following == ev.WaitCompleted()
+        )
         if boundary:
             replay(iter(live.log[:end]), live.environment).execution.close()
         elif isinstance(following, ev.StepCreated | ev.WaitCreated | ev.RunCompleted):

@@ -151,6 +151,7 @@ class _Producing:
         self._broker = broker
         self._errors = broker.errors
         self._known: set[str] = set()
+        self._closed = False
         self._client = ck.Producer({**properties, "error_cb": _quiet})
 
     def send(
@@ -212,6 +213,9 @@ class KafkaProducer(_Producing):
 
     def close(self) -> None:
         """See `Producer.close`."""
+        if self._closed:
+            return
+        self._closed = True
         if left := self._client.flush(LET_GO):
             log.warning("%d records were not acknowledged within %.0f s and may be lost", left, LET_GO)
             # Their callbacks run, with an error, in the flush.
@@ -252,7 +256,11 @@ class KafkaTransactions(_Producing):
             raise self._failure(error, "beginning a transaction") from error
 
     def commit(self, offsets: Mapping[TP, Committed], group: object, timeout: float) -> None:
-        """See `Transactions.commit`."""
+        """See `Transactions.commit`.
+
+        A group coordinator that is silent holds librdkafka until the transaction's own timeout, whatever ``timeout``
+        says (librdkafka#5456): call this on a thread that may be left behind.
+        """
         until = time.monotonic() + timeout
         try:
             # The records are on their way since `send`; this goes out beside them.
@@ -264,9 +272,18 @@ class KafkaTransactions(_Producing):
 
     def close(self) -> None:
         """See `Transactions.close`."""
-        # Aborts what is open, if the broker answers; else the next `init` with this id does.
+        if self._closed:
+            return
+        self._closed = True
+        # The client's own close() waits without bound, and warns where the outcome of a commit is unknown.
         self._client.purge()
-        _bounded(self._client.close, f"the transactional producer {self._id!r}")
+        try:
+            self._client.abort_transaction(LET_GO)
+        except KafkaException as error:
+            # Nothing is open, or the next `init` with this id resolves it.
+            log.debug("closing the transactional producer %r: %s", self._id, error)
+        # Dropping the last reference ends its threads; a commit in flight elsewhere keeps its own.
+        del self._client
 
 
 class _Reading:

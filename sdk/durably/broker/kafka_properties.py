@@ -43,6 +43,8 @@ _OURS = {
 
 _CONSUMER = {
     "fetch.queue.backoff.ms": "1",
+    # The broker holds a fetch for so long when there is nothing: an End comes that much after the last record.
+    "fetch.wait.max.ms": "100",
 }
 _CLASSIC_GROUP = {
     "partition.assignment.strategy": "cooperative-sticky",
@@ -59,7 +61,7 @@ _CONSUMER_ONLY = {
     *_OURS_CONSUMER, *_CONSUMER, *_CLASSIC_GROUP,
     "group.id", "group.instance.id", "group.protocol", "group.protocol.type", "group.remote.assignor",
     "coordinator.query.interval.ms", "max.poll.interval.ms", "auto.commit.interval.ms", "queued.min.messages",
-    "queued.max.messages.kbytes", "fetch.wait.max.ms", "fetch.message.max.bytes", "max.partition.fetch.bytes",
+    "queued.max.messages.kbytes", "fetch.message.max.bytes", "max.partition.fetch.bytes",
     "fetch.max.bytes", "fetch.min.bytes", "fetch.error.backoff.ms", "check.crcs", "allow.auto.create.topics",
     "client.rack",
 }  # fmt: skip

@@ -1,0 +1,54 @@
+# The developer's whole interface. Every target works on a fresh machine with make and Python 3.11 or later.
+
+PYTHON ?= python3
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+DURABLY_URL ?= kafka://127.0.0.1:9092
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: help demo test lint bench up down topics
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     400 real orders, a kill -9 half-way, and a check of the books"
+	@echo "make test     all tests; those that need Kafka start it in a container"
+	@echo "make lint     ruff and mypy"
+	@echo "make bench    measures, and writes bench/README.md"
+	@echo "make up       Kafka, two processors and two workers in containers; make down ends them"
+	@echo "make topics   creates the topics at DURABLY_URL ($(DURABLY_URL))"
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { \
+	  for candidate in "$(PYTHON)" python3.14 python3.13 python3.12 python3.11; do \
+	    if "$$candidate" -c '$(NEW_ENOUGH)' 2>/dev/null; then "$$candidate" -m venv $(VENV) && exit 0; exit 1; fi; \
+	  done; \
+	  echo "durably needs Python 3.11 or later; '$(PYTHON)' is not. Name one: make PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,faust]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/orders/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python bench/run.py
+
+up:
+	$(COMPOSE) up --detach --build
+
+down:
+	$(COMPOSE) down --volumes
+
+topics: $(STAMP)
+	$(BIN)/durably topics create --url $(DURABLY_URL)

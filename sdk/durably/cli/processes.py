@@ -1,0 +1,103 @@
+"""``durably dev``, ``processor`` and ``worker``: the long-running processes."""
+
+import importlib
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from durably.cli.shell import Shell
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+Modules = Annotated[
+    list[str],
+    typer.Argument(metavar="MODULE...", help="Where workflows and steps are: package.module or path/to/file.py."),
+]
+Queues = Annotated[
+    list[str],
+    typer.Option("--queue", help="A queue of step-requests to serve. Repeatable.", default_factory=lambda: ["default"]),
+]
+Concurrency = Annotated[int, typer.Option(min=1, help="How many steps run at once.")]
+
+
+def dev(
+    shell: Shell,
+    modules: Modules,
+    *,
+    queues: Queues,
+    path: Annotated[
+        Path | None, typer.Option(help="The embedded broker's folder.", show_default=".durably/dev")
+    ] = None,
+    concurrency: Concurrency = 100,
+) -> None:
+    """Runs a processor and a worker on an embedded broker, in one process."""
+    from durably.errors import ConfigurationError
+    from durably.settings import EMBEDDED
+
+    url = f"{EMBEDDED}{path}" if path is not None else shell.url or f"{EMBEDDED}.durably/dev"
+    if not url.startswith(EMBEDDED):
+        raise ConfigurationError(
+            f"durably dev has a broker of its own, and the URL is {url}: give --path, or use `durably processor` and "
+            f"`durably worker` there"
+        )
+    settings = shell.settings(url=url)
+
+    def ready() -> None:
+        shell.say(f"ready: {settings.url}, namespace {settings.namespace}; start runs with --url {settings.url}")
+
+    _processor("dev").run_dev(settings, modules, queues=tuple(queues), concurrency=concurrency, ready=ready)
+
+
+def processor(shell: Shell, modules: Modules) -> None:
+    """Runs workflows."""
+    settings = shell.settings()
+
+    def ready() -> None:
+        shell.say(f"processor ready: {settings.url}, namespace {settings.namespace}")
+
+    _processor("process").run_processor(settings, modules, ready=ready)
+
+
+def worker(shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concurrency = 100) -> None:
+    """Runs steps."""
+    from durably.authoring import load_module, registry
+    from durably.errors import ConfigurationError
+    from durably.worker import Worker
+
+    for module in modules:
+        load_module(module)
+    with shell.broker() as (broker, settings):
+        catalogue = settings.catalogue
+        needed = [catalogue.results, catalogue.replies, catalogue.streams, *map(catalogue.requests, queues)]
+        missing = [topic for topic in needed if topic not in broker.describe(needed)]
+        if missing:
+            options = "".join(f" --queue {queue}" for queue in queues)
+            raise ConfigurationError(
+                f"{settings.url} lacks {', '.join(missing)}: create them with `durably topics create{options}`"
+            )
+        serving = Worker(broker, catalogue, registry, queues=queues, concurrency=concurrency)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: serving.stop())
+        serving.start()
+        shell.say(f"worker ready: {settings.url}, namespace {settings.namespace}, queues {', '.join(queues)}")
+        serving.join()
+        if serving.error is not None:
+            raise serving.error
+
+
+def _processor(name: str) -> "ModuleType":
+    """A module of the processor, found by name: the SDK stands below it and cannot import it."""
+    from durably.errors import ConfigurationError
+
+    try:
+        return importlib.import_module(f"durably_processor.{name}")
+    except ModuleNotFoundError as e:
+        if not (e.name or "").startswith("durably_processor"):
+            raise
+        raise ConfigurationError(
+            f"this installation has no processor ({e.name} is missing): install the whole distribution, pip install durably"
+        ) from e

@@ -1,0 +1,123 @@
+"""``durably runs …`` and ``durably stream``: looking at runs, and cancelling them."""
+
+from contextlib import nullcontext
+from typing import Annotated, cast, get_args
+
+import typer
+
+from durably.cli.shell import Shell
+
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.", show_default=False)]
+
+
+def list_(
+    shell: Shell,
+    workflow: Annotated[str | None, typer.Option(help="Only runs of this workflow.")] = None,
+    status: Annotated[
+        list[str] | None, typer.Option(help="Only runs that are pending, running, blocked, completed… Repeatable.")
+    ] = None,
+    attribute: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only runs with this attribute. Repeatable.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
+) -> None:
+    """Lists runs, newest first."""
+    from durably_schemas.records import RunStatus
+
+    from durably.cli import output
+    from durably.cli.start import pairs
+    from durably.client.listing import list_runs
+
+    known = get_args(RunStatus)
+    for name in status or ():
+        if name not in known:
+            raise typer.BadParameter(f"--status {name!r} is none of {', '.join(known)}")
+    statuses = cast("list[RunStatus] | None", status or None)
+    attributes = pairs(attribute)
+    with shell.connection() as connection:
+        runs = list_runs(connection, workflow=workflow, status=statuses, attributes=attributes, limit=limit)
+    shell.show(runs, lambda: output.runs_table(runs))
+
+
+def show(shell: Shell, run_id: RunId) -> None:
+    """Shows one run."""
+    from durably.cli import output
+    from durably.client.run import Run
+
+    with shell.connection() as connection:
+        summary = Run[object](connection, run_id).describe()
+    shell.show(summary, lambda: output.run_table(summary))
+
+
+def events(shell: Shell, run_id: RunId) -> None:
+    """Prints a run's log."""
+    from durably.cli import output
+    from durably.client.run import Run
+
+    with shell.connection() as connection:
+        log = Run[object](connection, run_id).events()
+    shell.show(log, lambda: output.events_table(log))
+
+
+def cancel(
+    shell: Shell,
+    run_id: RunId,
+    reason: Annotated[str | None, typer.Option(help="Recorded in the run's log.")] = None,
+) -> None:
+    """Cancels a run: its cleanup may still run steps."""
+    from durably.client.run import Run
+
+    with shell.connection() as connection:
+        run = Run[object](connection, run_id)
+        run.cancel(reason)
+        status = run.status()
+    shell.show({"run_id": run_id, "status": status}, lambda: f"{run_id} is {status}")
+
+
+def watch(shell: Shell, run_id: RunId) -> None:
+    """Follows a run until it ends: each event is pushed as it is committed."""
+    from rich.live import Live
+
+    from durably.cli.watch import RunView
+    from durably.client.tail import follow_events
+
+    with shell.connection() as connection:
+        if shell.json:
+            for batch in follow_events(connection, run_id):
+                for event in batch:
+                    shell.line(event)
+            return
+        view, console = RunView(run_id), shell.console()
+        # What is no terminal cannot be redrawn: a log gets the last picture only.
+        live = Live(view.render(), console=console, auto_refresh=False) if console.is_terminal else None
+        with live or nullcontext():
+            for batch in follow_events(connection, run_id):
+                for event in batch:
+                    view.take(event)
+                if live is not None:
+                    live.update(view.render(), refresh=True)
+        if live is None:
+            console.print(view.render())
+
+
+def stream(
+    shell: Shell,
+    run_id: RunId,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAMESPACE]", help="Which of its streams.", show_default="default")
+    ] = None,
+    start: Annotated[
+        int, typer.Option("--from", metavar="N", help="The first chunk, from 0; negative: from the end.")
+    ] = 0,
+) -> None:
+    """Prints the values of a stream as they come, until it ends."""
+    from durably.client.run import Run
+
+    with shell.connection() as connection:
+        run = Run[object](connection, run_id)
+        run.describe()  # a stream may be awaited before its run exists; who types an id has more likely mistyped it
+        for value in run.stream(name, start):
+            if isinstance(value, str) and not shell.json:
+                typer.echo(value)
+            else:
+                shell.line(value)

@@ -1,0 +1,287 @@
+"""`Client` for threads and `AsyncClient` for tasks, with the same names in the same order."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, overload
+
+from durably_schemas import Catalogue
+
+from durably.broker import connect
+from durably.client.connection import Connection
+from durably.client.exchange import submit, submit_async
+from durably.client.identifiers import checked_run_id
+from durably.client.listing import DEFAULT_LIMIT, list_runs
+from durably.client.options import StartOptions, call
+from durably.client.run import AsyncRun, Run
+from durably.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from types import TracebackType
+
+    from durably_schemas.records import Payload, RunStatus, RunSummary
+
+    from durably.authoring import WorkflowDefinition
+    from durably.broker.port import Broker
+    from durably.durations import Duration
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _connection(
+    url: str | Broker | None, namespace: str | None, kafka: Mapping[str, str] | None, timeout: float
+) -> Connection:
+    if url is None or isinstance(url, str):
+        settings = Settings.from_environment(url=url, namespace=namespace, kafka=kafka)
+        return Connection(connect(settings.url, settings.kafka), settings.catalogue, timeout=timeout, owned=True)
+    return Connection(url, Catalogue(namespace or "durably"), timeout=timeout)
+
+
+class Starter:
+    """Starts runs in one certain way. Made by `Client.options`."""
+
+    def __init__(self, connection: Connection, options: StartOptions) -> None:
+        self._connection = connection
+        self._options = options
+
+    @overload
+    def start(self, workflow: WorkflowDefinition[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]: ...
+    @overload
+    def start(self, workflow: str, /, *args: Any, **kwargs: Any) -> Run[Any]: ...
+    def start(self, workflow: WorkflowDefinition[..., Any] | str, /, *args: Any, **kwargs: Any) -> Run[Any]:
+        """As `Client.start`."""
+        name, payload, returns = call(workflow, args, kwargs)
+        return self._submit(name, payload, returns)
+
+    def start_payload(self, workflow: str, payload: Payload) -> Run[Any]:
+        """Starts a workflow by name, with an input that is encoded already.
+
+        Args:
+            workflow: the name.
+            payload: ``application/json``: a list holds positional arguments, an object keywords. Or ``application/msgpack``.
+        """
+        return self._submit(workflow, payload, None)
+
+    def _submit(self, name: str, payload: Payload, returns: Any) -> Run[Any]:
+        command = self._options.command(name, payload)
+        submit(self._connection, command)
+        return Run(self._connection, command.run_id, returns)
+
+
+class AsyncStarter:
+    """Starts runs in one certain way. Made by `AsyncClient.options`."""
+
+    def __init__(self, connection: Connection, options: StartOptions) -> None:
+        self._connection = connection
+        self._options = options
+
+    @overload
+    async def start(self, workflow: WorkflowDefinition[P, R], /, *args: P.args, **kwargs: P.kwargs) -> AsyncRun[R]: ...
+    @overload
+    async def start(self, workflow: str, /, *args: Any, **kwargs: Any) -> AsyncRun[Any]: ...
+    async def start(self, workflow: WorkflowDefinition[..., Any] | str, /, *args: Any, **kwargs: Any) -> AsyncRun[Any]:
+        """As `AsyncClient.start`."""
+        name, payload, returns = call(workflow, args, kwargs)
+        return await self._submit(name, payload, returns)
+
+    async def start_payload(self, workflow: str, payload: Payload) -> AsyncRun[Any]:
+        """Starts a workflow by name, with an input that is encoded already.
+
+        Args:
+            workflow: the name.
+            payload: ``application/json``: a list holds positional arguments, an object keywords. Or ``application/msgpack``.
+        """
+        return await self._submit(workflow, payload, None)
+
+    async def _submit(self, name: str, payload: Payload, returns: Any) -> AsyncRun[Any]:
+        command = self._options.command(name, payload)
+        await submit_async(self._connection, command)
+        return AsyncRun(self._connection, command.run_id, returns)
+
+
+class Client:
+    """Starts runs and follows them, for code in threads. Thread-safe; a context manager.
+
+    Args:
+        url: ``kafka://host:port`` or ``embedded:PATH``, ``DURABLY_URL`` by default; or a `Broker`, which the client then
+            does not close.
+        namespace: the prefix of the topics; ``DURABLY_NAMESPACE``, else ``"durably"``, by default.
+        kafka: properties for librdkafka, beside those of ``DURABLY_KAFKA_*``.
+        timeout: seconds to wait for an acknowledgement or a processor's answer; not for a run's result.
+
+    Raises:
+        ConfigurationError: no URL, or a setting that cannot be.
+    """
+
+    def __init__(
+        self,
+        url: str | Broker | None = None,
+        *,
+        namespace: str | None = None,
+        kafka: Mapping[str, str] | None = None,
+        timeout: float = 30,
+    ) -> None:
+        self._connection = _connection(url, namespace, kafka, timeout)
+
+    @overload
+    def start(self, workflow: WorkflowDefinition[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]: ...
+    @overload
+    def start(self, workflow: str, /, *args: Any, **kwargs: Any) -> Run[Any]: ...
+    def start(self, workflow: WorkflowDefinition[..., Any] | str, /, *args: Any, **kwargs: Any) -> Run[Any]:
+        """Starts a run; returns when the broker has the start durably.
+
+        Args:
+            workflow: a function marked ``@workflow``, or the name of one.
+            *args: its positional arguments, checked against its signature where that is known.
+            **kwargs: its keyword arguments.
+
+        Raises:
+            TypeError: the arguments do not fit.
+            SerializationError: an argument cannot be written; names it.
+            RecordTooLarge: the arguments are larger than a record may be.
+            ConfigurationError: topics are missing.
+            BrokerUnreachable: nobody acknowledged the start; it may come through yet.
+        """
+        return Starter(self._connection, StartOptions()).start(workflow, *args, **kwargs)
+
+    def options(
+        self,
+        *,
+        run_id: str | None = None,
+        attributes: Mapping[str, str] | None = None,
+        delay: Duration | None = None,
+    ) -> Starter:
+        """What the starts through the result have in common: ``client.options(run_id="order-7").start(fulfil, "7")``.
+
+        Args:
+            run_id: an id of your own; starting it again attaches to the first run.
+            attributes: texts to find the run by.
+            delay: how long, or until when, the run waits before its workflow begins.
+
+        Raises:
+            ConfigurationError: no run may have this id.
+        """
+        return Starter(self._connection, StartOptions(run_id=run_id, attributes=attributes or {}, delay=delay))
+
+    def get_run(self, run_id: str) -> Run[Any]:
+        """A run by its id; no I/O. Raises `ConfigurationError` where no run may have this id."""
+        return Run(self._connection, checked_run_id(run_id))
+
+    def runs(
+        self,
+        *,
+        workflow: str | None = None,
+        status: RunStatus | Collection[RunStatus] | None = None,
+        attributes: Mapping[str, str] | None = None,
+        limit: int | None = DEFAULT_LIMIT,
+    ) -> list[RunSummary]:
+        """Runs that match, newest first; at most ``limit``, None for all."""
+        return list_runs(self._connection, workflow=workflow, status=status, attributes=attributes, limit=limit)
+
+    def close(self) -> None:
+        """Flushes and lets go. What still waits for an answer fails with a `DurablyError`."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """Starts runs and follows them, for code in tasks. An async context manager; not bound to one event loop.
+
+    Args:
+        url: ``kafka://host:port`` or ``embedded:PATH``, ``DURABLY_URL`` by default; or a `Broker`, which the client then
+            does not close.
+        namespace: the prefix of the topics; ``DURABLY_NAMESPACE``, else ``"durably"``, by default.
+        kafka: properties for librdkafka, beside those of ``DURABLY_KAFKA_*``.
+        timeout: seconds to wait for an acknowledgement or a processor's answer; not for a run's result.
+
+    Raises:
+        ConfigurationError: no URL, or a setting that cannot be.
+    """
+
+    def __init__(
+        self,
+        url: str | Broker | None = None,
+        *,
+        namespace: str | None = None,
+        kafka: Mapping[str, str] | None = None,
+        timeout: float = 30,
+    ) -> None:
+        self._connection = _connection(url, namespace, kafka, timeout)
+
+    @overload
+    async def start(self, workflow: WorkflowDefinition[P, R], /, *args: P.args, **kwargs: P.kwargs) -> AsyncRun[R]: ...
+    @overload
+    async def start(self, workflow: str, /, *args: Any, **kwargs: Any) -> AsyncRun[Any]: ...
+    async def start(self, workflow: WorkflowDefinition[..., Any] | str, /, *args: Any, **kwargs: Any) -> AsyncRun[Any]:
+        """Starts a run; returns when the broker has the start durably.
+
+        Args:
+            workflow: a function marked ``@workflow``, or the name of one.
+            *args: its positional arguments, checked against its signature where that is known.
+            **kwargs: its keyword arguments.
+
+        Raises:
+            TypeError: the arguments do not fit.
+            SerializationError: an argument cannot be written; names it.
+            RecordTooLarge: the arguments are larger than a record may be.
+            ConfigurationError: topics are missing.
+            BrokerUnreachable: nobody acknowledged the start; it may come through yet.
+        """
+        return await AsyncStarter(self._connection, StartOptions()).start(workflow, *args, **kwargs)
+
+    def options(
+        self,
+        *,
+        run_id: str | None = None,
+        attributes: Mapping[str, str] | None = None,
+        delay: Duration | None = None,
+    ) -> AsyncStarter:
+        """What the starts through the result have in common: ``client.options(run_id="order-7").start(fulfil, "7")``.
+
+        Args:
+            run_id: an id of your own; starting it again attaches to the first run.
+            attributes: texts to find the run by.
+            delay: how long, or until when, the run waits before its workflow begins.
+
+        Raises:
+            ConfigurationError: no run may have this id.
+        """
+        return AsyncStarter(self._connection, StartOptions(run_id=run_id, attributes=attributes or {}, delay=delay))
+
+    def get_run(self, run_id: str) -> AsyncRun[Any]:
+        """A run by its id; no I/O. Raises `ConfigurationError` where no run may have this id."""
+        return AsyncRun(self._connection, checked_run_id(run_id))
+
+    async def runs(
+        self,
+        *,
+        workflow: str | None = None,
+        status: RunStatus | Collection[RunStatus] | None = None,
+        attributes: Mapping[str, str] | None = None,
+        limit: int | None = DEFAULT_LIMIT,
+    ) -> list[RunSummary]:
+        """Runs that match, newest first; at most ``limit``, None for all."""
+        return await asyncio.to_thread(
+            list_runs, self._connection, workflow=workflow, status=status, attributes=attributes, limit=limit
+        )
+
+    async def close(self) -> None:
+        """Flushes and lets go. What still waits for an answer fails with a `DurablyError`."""
+        await asyncio.to_thread(self._connection.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,60 @@
+"""A run's log, asked for page by page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from durably_schemas.events import StepCompleted
+from durably_schemas.records import Event, Reply, StreamWritten
+
+from durably.client.exchange import Command, answer, answer_async, query
+from durably.client.outcome import summary_of
+
+if TYPE_CHECKING:
+    from durably_schemas import Codec
+
+    from durably.client.connection import Connection
+
+
+class _Pages:
+    """What has been read, and which page comes next."""
+
+    def __init__(self, run_id: str, codec: Codec) -> None:
+        self.events: list[Event] = []
+        self._run_id = run_id
+        self._codec = codec
+        self._next: int | None = 1
+
+    def next(self) -> Command | None:
+        return None if self._next is None else query(self._run_id, "EVENTS", self._next)
+
+    def take(self, reply: Reply) -> None:
+        summary_of(reply, self._run_id)
+        self.events += [self._codec.decode_as(Event, data) for data in reply.events]
+        self._next = reply.next_seq
+
+
+def read_log(connection: Connection, run_id: str) -> list[Event]:
+    """All events of a run that are committed by now. Raises `RunNotFoundError`, or `TimeoutError`."""
+    pages = _Pages(run_id, connection.codec)
+    while (command := pages.next()) is not None:
+        pages.take(answer(connection, run_id, command))
+    return pages.events
+
+
+async def read_log_async(connection: Connection, run_id: str) -> list[Event]:
+    """As `read_log`."""
+    pages = _Pages(run_id, connection.codec)
+    while (command := pages.next()) is not None:
+        pages.take(await answer_async(connection, run_id, command))
+    return pages.events
+
+
+def streams_written(events: list[Event]) -> list[StreamWritten]:
+    """What the completed steps of a run wrote."""
+    return [written for e in events if isinstance(e.data, StepCompleted) for written in e.data.streams]
+
+
+def stream_names(events: list[Event]) -> list[str]:
+    """The streams that a run's completed steps have written, in the order of their first appearance."""
+    return list(dict.fromkeys(written.namespace for written in streams_written(events)))

@@ -1,0 +1,70 @@
+"""What a start is: the StartRun record, made of what the caller gave."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from durably_schemas.records import Payload, StartRun
+
+from durably import payloads
+from durably.authoring import WorkflowDefinition
+from durably.client.identifiers import checked_run_id, new_run_id
+from durably.durations import Duration, milliseconds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run is to be started.
+
+    Attributes:
+        run_id: an id of the caller's own: the second start of one id attaches to the first.
+        attributes: texts to find the run by.
+        delay: how long, or until when, the run waits before its workflow begins.
+    """
+
+    run_id: str | None = None
+    attributes: Mapping[str, str] = {}
+    delay: Duration | None = None
+
+    def __post_init__(self) -> None:
+        if self.run_id is not None:
+            checked_run_id(self.run_id)
+        for name, value in self.attributes.items():
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise TypeError(f"attribute {name!r}={value!r}: names and values of attributes are texts")
+        if self.delay is not None:
+            milliseconds(self.delay, now=0)
+
+    def command(self, workflow: str, input: Payload) -> StartRun:  # noqa: A002 - as the record names it
+        """The record that asks for the run, with an id if none was given."""
+        now = time.time_ns() // 1_000_000
+        return StartRun(
+            run_id=self.run_id if self.run_id is not None else new_run_id(),
+            workflow=workflow,
+            input=input,
+            requested_at=now,
+            attributes=dict(self.attributes),
+            start_at=None if self.delay is None else now + milliseconds(self.delay, now=now),
+        )
+
+
+def call(
+    workflow: WorkflowDefinition[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[str, Payload, Any]:
+    """A call's workflow name, input, and the type of its result (None: not known here).
+
+    Raises:
+        TypeError: the arguments do not fit the workflow's signature, or it is no workflow.
+        SerializationError: an argument cannot be written.
+    """
+    if isinstance(workflow, WorkflowDefinition):
+        what = f"workflow {workflow.name}"
+        made = payloads.dump_arguments(workflow.fn, args, kwargs, what)
+        return workflow.name, made, payloads.result_type(workflow.fn)
+    if not isinstance(workflow, str):
+        raise TypeError(f"{workflow!r} is no workflow: give a function marked @workflow, or the name of one")
+    return workflow, payloads.dump([list(args), kwargs], f"workflow {workflow}"), None

@@ -1,0 +1,189 @@
+"""A run, seen from outside: `Run` for threads, `AsyncRun` for tasks, with the same names in the same order."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from durably_schemas.records import CancelRun, Event, ReplyTo, RunStatus, RunSummary
+
+from durably.client import stream
+from durably.client.exchange import (
+    Command,
+    answer,
+    answer_async,
+    answer_within,
+    answer_within_async,
+    query,
+)
+from durably.client.log import read_log, read_log_async, stream_names
+from durably.client.outcome import summary_of, value_of
+from durably.errors import DurablyError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from durably.client.connection import Connection
+
+R = TypeVar("R")
+
+_STATUS_TIMEOUT = 2.0  # for the one question whose answer only completes an error message
+
+
+class Run(Generic[R]):
+    """A run. Made by `Client.start` and `Client.get_run`; making one does no I/O.
+
+    Every method raises `RunNotFoundError` where there is no such run, and `TimeoutError`, saying what to do, where no
+    processor answers.
+
+    Attributes:
+        id: what it was started as.
+    """
+
+    def __init__(self, connection: Connection, run_id: str, returns: Any = None) -> None:
+        self.id = run_id
+        self._connection = connection
+        self._returns = returns
+
+    def status(self) -> RunStatus:
+        """How far it is, as committed."""
+        return self.describe().status
+
+    def result(self, timeout: float | None = None) -> R:
+        """What the workflow returned; waits until it has.
+
+        Args:
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            RunFailedError: the workflow raised; its exception is ``cause``.
+            RunCancelledError: the run was cancelled.
+            RunBlockedError: the run waits for other code; it is not over.
+            TimeoutError: not ended in time; says how far the run is. The run goes on.
+        """
+        reply = answer_within(self._connection, self.id, query(self.id, "RESULT"), timeout)
+        if reply is not None:
+            return cast("R", value_of(reply, self.id, self._returns))
+        status = None
+        with suppress(DurablyError):
+            reply = answer_within(self._connection, self.id, query(self.id, "SUMMARY"), _STATUS_TIMEOUT)
+            status = summary_of(reply, self.id).status if reply is not None else None
+        raise TimeoutError(_not_ended(self.id, timeout, status))
+
+    def cancel(self, reason: str | None = None) -> None:
+        """Asks the workflow to end by a CancelledError; its cleanup may still run steps. Harmless when it has ended."""
+        summary_of(answer(self._connection, self.id, _cancel(self.id, reason)), self.id)
+
+    def events(self) -> list[Event]:
+        """The log, as committed."""
+        return read_log(self._connection, self.id)
+
+    def stream(self, namespace: str | None = None, start_index: int = 0) -> Iterator[Any]:
+        """The values of one of its streams, and each new one as it is written, until the stream or the run ends.
+
+        Args:
+            namespace: which stream; None is the default one. The run need not have been started yet.
+            start_index: the first value, from 0; negative: counted from the end as it is now.
+
+        Raises:
+            DurablyError: the stream's beginning is no longer retained.
+        """
+        return stream.read(self._connection, self.id, namespace, start_index)
+
+    def streams(self) -> list[str]:
+        """The namespaces of the streams that its completed steps have written."""
+        return stream_names(self.events())
+
+    def describe(self) -> RunSummary:
+        """Its summary, as committed."""
+        return summary_of(answer(self._connection, self.id, query(self.id, "SUMMARY")), self.id)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id}>"
+
+
+class AsyncRun(Generic[R]):
+    """A run. Made by `AsyncClient.start` and `AsyncClient.get_run`; making one does no I/O.
+
+    Every method raises `RunNotFoundError` where there is no such run, and `TimeoutError`, saying what to do, where no
+    processor answers.
+
+    Attributes:
+        id: what it was started as.
+    """
+
+    def __init__(self, connection: Connection, run_id: str, returns: Any = None) -> None:
+        self.id = run_id
+        self._connection = connection
+        self._returns = returns
+
+    async def status(self) -> RunStatus:
+        """How far it is, as committed."""
+        return (await self.describe()).status
+
+    async def result(self, timeout: float | None = None) -> R:  # noqa: ASYNC109 - as its twin
+        """What the workflow returned; waits until it has.
+
+        Args:
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            RunFailedError: the workflow raised; its exception is ``cause``.
+            RunCancelledError: the run was cancelled.
+            RunBlockedError: the run waits for other code; it is not over.
+            TimeoutError: not ended in time; says how far the run is. The run goes on.
+        """
+        reply = await answer_within_async(self._connection, self.id, query(self.id, "RESULT"), timeout)
+        if reply is not None:
+            return cast("R", value_of(reply, self.id, self._returns))
+        status = None
+        with suppress(DurablyError):
+            reply = await answer_within_async(self._connection, self.id, query(self.id, "SUMMARY"), _STATUS_TIMEOUT)
+            status = summary_of(reply, self.id).status if reply is not None else None
+        raise TimeoutError(_not_ended(self.id, timeout, status))
+
+    async def cancel(self, reason: str | None = None) -> None:
+        """Asks the workflow to end by a CancelledError; its cleanup may still run steps. Harmless when it has ended."""
+        summary_of(await answer_async(self._connection, self.id, _cancel(self.id, reason)), self.id)
+
+    async def events(self) -> list[Event]:
+        """The log, as committed."""
+        return await read_log_async(self._connection, self.id)
+
+    def stream(self, namespace: str | None = None, start_index: int = 0) -> AsyncIterator[Any]:
+        """The values of one of its streams, and each new one as it is written, until the stream or the run ends.
+
+        Args:
+            namespace: which stream; None is the default one. The run need not have been started yet.
+            start_index: the first value, from 0; negative: counted from the end as it is now.
+
+        Raises:
+            DurablyError: the stream's beginning is no longer retained.
+        """
+        return stream.read_async(self._connection, self.id, namespace, start_index)
+
+    async def streams(self) -> list[str]:
+        """The namespaces of the streams that its completed steps have written."""
+        return stream_names(await self.events())
+
+    async def describe(self) -> RunSummary:
+        """Its summary, as committed."""
+        return summary_of(await answer_async(self._connection, self.id, query(self.id, "SUMMARY")), self.id)
+
+    def __repr__(self) -> str:
+        return f"<AsyncRun {self.id}>"
+
+
+def _cancel(run_id: str, reason: str | None) -> Command:
+    now = time.time_ns() // 1_000_000
+
+    def command(to: ReplyTo) -> CancelRun:
+        return CancelRun(run_id=run_id, requested_at=now, reason=reason, reply_to=to)
+
+    return command
+
+
+def _not_ended(run_id: str, timeout: float | None, status: RunStatus | None) -> str:
+    how = f"it is {status}" if status is not None else "its status is unknown, because no processor answers"
+    return f"run {run_id} has not ended within {timeout:g} s: {how}"

@@ -1,0 +1,103 @@
+"""A reader that follows one run: on each topic, the one partition that the run's key maps to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from durably_schemas import CodecError
+from durably_schemas.catalogue import partition_for
+from durably_schemas.events import RunCancelled, RunCompleted, RunFailed
+from durably_schemas.records import Event, Record
+
+from durably.broker.port import TP, Message
+from durably.client.exchange import answer, query
+from durably.client.outcome import summary_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from durably.client.connection import Connection
+
+CLOCK_SKEW_MS = 10_000
+"""How far the clocks of a run's client and its workers may differ: a search by time begins this much earlier."""
+
+_POLL = 0.25  # seconds; a tail is closed by the thread that polls it, between two polls
+
+
+class Tail:
+    """The decoded records of one run, in the order of each partition. Belongs to one thread.
+
+    Args:
+        connection: whose broker is read.
+        run_id: the key.
+        positions: for each topic, the offset to begin at.
+    """
+
+    def __init__(self, connection: Connection, run_id: str, positions: Mapping[str, int]) -> None:
+        self._codec = connection.codec
+        self._key = run_id.encode()
+        self._at = dict(positions)
+        self._reader = connection.broker.reader(
+            {partition_of(connection, run_id, topic): offset for topic, offset in positions.items()}
+        )
+
+    def poll(self) -> list[tuple[int, Record]]:
+        """Waits a moment for records, each with its offset. One that cannot be decoded is left out."""
+        records = []
+        for item in self._reader.poll(_POLL):
+            if not isinstance(item, Message):
+                self._at[item.topic] = max(self._at[item.topic], item.offset)
+                continue
+            self._at[item.topic] = max(self._at[item.topic], item.offset + 1)
+            if item.key == self._key:
+                try:
+                    records.append((item.offset, self._codec.decode(item.value)))
+                except CodecError:
+                    continue
+        return records
+
+    def position(self, topic: str) -> int:
+        """Everything below this offset has been returned by `poll`."""
+        return self._at[topic]
+
+    def close(self) -> None:
+        """Closes the reader."""
+        self._reader.close()
+
+
+def partition_of(connection: Connection, run_id: str, topic: str) -> TP:
+    """Where the records of a run are. Raises `ConfigurationError` where the topic is missing."""
+    return TP(topic, partition_for(run_id.encode(), connection.partitions(topic)))
+
+
+def end_of(connection: Connection, run_id: str, topic: str) -> int:
+    """The end of the run's partition just now."""
+    tp = partition_of(connection, run_id, topic)
+    return connection.broker.end_offsets([tp])[tp]
+
+
+def follow_events(connection: Connection, run_id: str) -> Iterator[list[Event]]:
+    """A run's log from its first event on, then each event as it is committed; ends with the run.
+
+    An empty list is yielded where nothing came for a moment, so that the caller can look at its clock.
+
+    Raises:
+        RunNotFoundError: there is no such run.
+        TimeoutError: no processor answered.
+    """
+    topic = connection.catalogue.events
+    created_at = summary_of(answer(connection, run_id, query(run_id, "SUMMARY")), run_id).created_at
+    tp = partition_of(connection, run_id, topic)
+    start = connection.broker.offsets_at([tp], created_at - CLOCK_SKEW_MS)[tp]
+    tail = Tail(connection, run_id, {topic: start})
+    seen = 0
+    try:
+        while True:
+            events = [e for _, e in tail.poll() if isinstance(e, Event) and e.seq > seen]
+            if events:
+                seen = events[-1].seq
+            yield events
+            if any(isinstance(e.data, RunCompleted | RunFailed | RunCancelled) for e in events):
+                return
+    finally:
+        tail.close()

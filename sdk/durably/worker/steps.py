@@ -1,0 +1,227 @@
+"""The steps that a worker runs: a request's way from a slot to its result."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from functools import partial
+from typing import TYPE_CHECKING
+
+from durably_schemas.records import StepFailed
+
+from durably import failures
+from durably.errors import RegistrationError
+from durably.worker import execution
+from durably.worker.leases import GRACE
+from durably.worker.writers import StepWriters
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Sequence
+    from contextvars import Context
+
+    from durably.authoring import Registry
+    from durably.worker.attempt import Attempt
+    from durably.worker.capacity import Capacity
+    from durably.worker.claims import Claims
+    from durably.worker.clock import Clock
+    from durably.worker.execution import Outcome
+    from durably.worker.leases import Leases
+    from durably.worker.outbox import Outbox
+    from durably.worker.threads import Threads
+    from durably.worker.tracker import Tracker
+    from durably.worker.writers import StreamTopic
+
+logger = logging.getLogger("durably.worker")
+
+
+class Steps:
+    """Runs attempts: async ones as tasks of one event loop, plain ones on threads; reports each once.
+
+    Every attempt given to `start` holds a slot of ``capacity``, which is given back when it is over or dropped.
+    """
+
+    claims: Claims
+    leases: Leases
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        outbox: Outbox,
+        streams: StreamTopic,
+        capacity: Capacity,
+        loop: asyncio.AbstractEventLoop,
+        threads: Threads,
+        context: Context,
+        clock: Clock,
+    ) -> None:
+        self._registry = registry
+        self._outbox = outbox
+        self._streams = streams
+        self._capacity = capacity
+        self._loop = loop
+        self._threads = threads
+        self._context = context
+        self._clock = clock
+        # Taking an attempt out of here decides who reports it: dict.pop is atomic.
+        self._running: dict[Attempt, Attempt] = {}
+        self._leaving = threading.Lock()  # an answered claim must not begin while its partition goes
+
+    def running(self) -> list[Attempt]:
+        """What runs just now. May be asked from any thread."""
+        return list(self._running)
+
+    def start(self, attempts: Sequence[Attempt]) -> None:
+        """Runs these, or first asks about them where somebody may have run them before."""
+        batch: list[Attempt] = []
+        for attempt in attempts:
+            if attempt.message.offset < attempt.tracker.claim_below:
+                self.claims.ask(attempt)
+            else:
+                self._begin(attempt, batch)
+        if batch:
+            self._loop.call_soon_threadsafe(self._spawn, batch)
+
+    def answered(self, attempt: Attempt, wanted: bool, number: int) -> None:
+        """The processor has said whether an attempt is to be run, and as which execution."""
+        batch: list[Attempt] = []
+        with self._leaving:
+            if wanted and not attempt.tracker.revoked:
+                attempt.execution = number
+                self._begin(attempt, batch)
+            else:
+                attempt.release()
+                self._capacity.give()
+        if batch:
+            self._loop.call_soon_threadsafe(self._spawn, batch)
+
+    def leave(self, trackers: Sequence[Tracker]) -> None:
+        """These partitions go to somebody else: what runs becomes a lease, what does not yet is dropped."""
+        with self._leaving:
+            for tracker in trackers:
+                tracker.revoked = True
+        self._drop_claims()
+        for attempt in self.running():
+            if attempt.tracker.revoked:
+                self.leases.lease(attempt)
+
+    def stop_asking(self) -> None:
+        """Drops what waits for the answer to a claim."""
+        self._drop_claims(everything=True)
+
+    def abandon(self) -> None:
+        """Gives up what still runs, unreported: it is delivered again, at once where it had become a lease."""
+        for attempt in self.running():
+            if self._running.pop(attempt, None) is not None:
+                logger.warning("%s did not end in time and is left to another worker", attempt)
+                if attempt.beat_at is not None:
+                    self._outbox.heartbeat(attempt, 0)
+                self._let_go(attempt)
+                self._capacity.give()
+
+    def give_up(self, attempt: Attempt) -> None:
+        """Reports that an attempt took too long; whatever it does later is dropped."""
+        if self._report(attempt, self._failed(attempt, execution.timed_out(attempt))):
+            self._let_go(attempt)
+
+    def _drop_claims(self, *, everything: bool = False) -> None:
+        for _ in self.claims.forget(lambda attempt: everything or attempt.tracker.revoked):
+            self._capacity.give()
+
+    def _begin(self, attempt: Attempt, batch: list[Attempt]) -> None:
+        """Hands a plain function to a thread; adds an async one to the batch for the loop."""
+        request = attempt.request
+        attempt.started_at = self._clock.now()
+        attempt.started = self._clock.monotonic()
+        self._running[attempt] = attempt
+        step = self._registry.steps.get(request.step)
+        if step is None:
+            self._unknown(attempt)
+            return
+        attempt.step = step
+        attempt.writers = StepWriters(
+            self._streams, request.run_id, f"{request.step_id}/{request.attempt}/{attempt.execution}"
+        )
+        if step.is_async:
+            batch.append(attempt)
+        else:
+            self._threads.submit(partial(self._run_sync, attempt))
+
+    def _spawn(self, batch: list[Attempt]) -> None:
+        for attempt in batch:
+            attempt.task = self._loop.create_task(self._run(attempt), context=self._context.copy())
+
+    async def _run(self, attempt: Attempt) -> None:
+        self._set_deadline(attempt, GRACE)
+        try:
+            outcome: Outcome = await execution.run(attempt)
+        except execution.Unreadable as e:
+            outcome = self._unreadable(attempt, e)
+        except BaseException as e:  # whatever a step raises, SystemExit too, is its result and not the worker's end
+            if attempt not in self._running:
+                return
+            outcome = self._failed(attempt, e)
+            try:
+                await self._writers(attempt).settle()
+            except Exception:
+                logger.debug("the streams of %s failed too", attempt, exc_info=True)
+        self._report(attempt, outcome)
+
+    def _run_sync(self, attempt: Attempt) -> None:
+        self._set_deadline(attempt, 0)
+        try:
+            outcome: Outcome = self._context.copy().run(execution.run_sync, attempt, self._loop)
+        except execution.Unreadable as e:
+            outcome = self._unreadable(attempt, e)
+        except BaseException as e:  # as above
+            if attempt not in self._running:
+                return
+            outcome = self._failed(attempt, e)
+            try:
+                self._writers(attempt).settle_sync()
+            except Exception:
+                logger.debug("the streams of %s failed too", attempt, exc_info=True)
+        self._report(attempt, outcome)
+
+    def _set_deadline(self, attempt: Attempt, grace: float) -> None:
+        if attempt.request.timeout is not None:
+            attempt.deadline = self._clock.monotonic() + attempt.request.timeout / 1000 + grace
+            self.leases.watch(attempt)
+
+    def _writers(self, attempt: Attempt) -> StepWriters:
+        assert attempt.writers is not None
+        return attempt.writers
+
+    def _report(self, attempt: Attempt, outcome: Outcome) -> bool:
+        """Sends the result and frees the slot; False where somebody else has settled the attempt."""
+        if self._running.pop(attempt, None) is None:
+            return False
+        self._outbox.result(attempt, outcome)
+        self._capacity.give()
+        return True
+
+    def _let_go(self, attempt: Attempt) -> None:
+        """Ends what can be ended of an attempt whose slot is taken from it."""
+        if attempt.writers is not None:
+            attempt.writers.shut()
+        if attempt.task is not None:
+            self._loop.call_soon_threadsafe(attempt.task.cancel)
+
+    def _failed(self, attempt: Attempt, exc: BaseException) -> StepFailed:
+        outcome = execution.failed(exc, self._clock)
+        logger.warning("%s failed: %s: %s", attempt, outcome.error.type, outcome.error.message)
+        return outcome
+
+    def _unreadable(self, attempt: Attempt, exc: execution.Unreadable) -> StepFailed:
+        error = failures.to_error(exc.__cause__ or exc)
+        self._outbox.dead_letter(attempt.message, error.message, attempt)
+        return StepFailed(error=error, fatal=True)
+
+    def _unknown(self, attempt: Attempt) -> None:
+        error = RegistrationError(
+            f"no step named {attempt.request.step!r} is registered in this worker: deploy the code that has it to every "
+            f"worker of its queue"
+        )
+        self._outbox.dead_letter(attempt.message, str(error), attempt)
+        self._report(attempt, StepFailed(error=failures.to_error(error), fatal=True))

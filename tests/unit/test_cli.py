@@ -1,0 +1,412 @@
+"""The command line over a scripted processor: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import durably.broker
+import pytest
+from durably import payloads
+from durably.broker.port import TopicState
+from durably.cli import output, processes
+from durably.cli.app import app
+from durably.cli.watch import RunView
+from durably.client import connection
+from durably_schemas import Catalogue, events
+from durably_schemas.catalogue import partition_for
+from durably_schemas.codec import RECORDS
+from durably_schemas.records import CancelRun, Error, StartRun, StreamWritten
+from rich.console import Console
+from typer.testing import CliRunner, Result
+from unit.scripted_broker import ScriptedBroker, ScriptedProcessor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+URL = ["--url", "kafka://scripted:1"]
+Invoke = "Callable[..., Result]"
+
+
+@pytest.fixture
+def broker() -> ScriptedBroker:
+    return ScriptedBroker(Catalogue(partitions=3))
+
+
+@pytest.fixture
+def processor(broker: ScriptedBroker) -> ScriptedProcessor:
+    return ScriptedProcessor(broker)
+
+
+@pytest.fixture
+def durably_(broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Invokes a command; the broker is the scripted one."""
+    monkeypatch.setattr(durably.broker, "connect", lambda url, kafka: broker)
+    monkeypatch.setattr(connection, "_TICK", 0.01)
+    for name in [name for name in os.environ if name.startswith("DURABLY_")]:
+        monkeypatch.delenv(name)
+
+    def invoke(*arguments: str, url: bool = True) -> Result:
+        return CliRunner().invoke(app, [*arguments, *(URL if url else [])], env={"COLUMNS": "200"})
+
+    return invoke
+
+
+def text(view: RunView, now: int) -> str:
+    out = io.StringIO()
+    Console(file=out, width=120).print(view.render(now))
+    return out.getvalue()
+
+
+# starting
+
+
+def test_start_sends_json_arguments_and_prints_the_runs_id(broker: ScriptedBroker, durably_: Any) -> None:
+    result = durably_("start", "greet", '"Ada"', "2", '{"a": [1]}', "--run-id", "r1", "--attribute", "team=a=b")
+    assert (result.exit_code, result.stdout) == (0, "r1\n")
+    (command,) = broker.sent
+    assert isinstance(command, StartRun)
+    assert (command.workflow, command.attributes) == ("greet", {"team": "a=b"})
+    assert (command.input.content_type, json.loads(command.input.data)) == (payloads.JSON, ["Ada", 2, {"a": [1]}])
+
+
+def test_start_takes_keyword_arguments_as_one_object(broker: ScriptedBroker, durably_: Any) -> None:
+    result = durably_("start", "greet", "--input", '{"name": "Ada"}', "--json")
+    assert json.loads(result.stdout)["run_id"].startswith("wrun_")
+    assert json.loads(broker.sent[0].input.data) == {"name": "Ada"}
+
+
+def test_start_waits_for_the_result(broker: ScriptedBroker, processor: ScriptedProcessor, durably_: Any) -> None:
+    processor.start("r1")
+    processor.complete("r1", {"text": "Ada"})
+    assert durably_("start", "greet", "--run-id", "r1", "--wait").stdout == '{"text":"Ada"}\n'
+    result = durably_("start", "greet", "--run-id", "r1", "--wait", "--json")
+    assert json.loads(result.stdout) == {"run_id": "r1", "status": "completed", "result": {"text": "Ada"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hello"], """double quotes within single ones: '"hello"'"""),
+        (["1", "--input", "{}"], "not both"),
+        (["--input", "[1]"], "must be a JSON object"),
+        (["--attribute", "team"], "is not KEY=VALUE"),
+        (["--delay", "soon"], "no duration"),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_a_usage_error(
+    arguments: list[str], message: str, broker: ScriptedBroker, durably_: Any
+) -> None:
+    result = durably_("start", "greet", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert broker.sent == []
+
+
+# errors
+
+
+def test_an_error_is_one_line_on_stderr_and_status_1(processor: ScriptedProcessor, durably_: Any) -> None:
+    result = durably_("runs", "show", "nobody")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: there is no run nobody\n")
+    result = durably_("runs", "show", "nobody", "--json")
+    assert json.loads(result.stderr) == {"error": "there is no run nobody", "type": "RunNotFoundError"}
+
+
+def test_a_failed_run_ends_waiting_with_status_1(processor: ScriptedProcessor, durably_: Any) -> None:
+    processor.start("r1")
+    error = Error(type="shop:OutOfStock", message="no tea")
+    processor.end("r1", "failed", events.RunFailed(error=error), error)
+    result = durably_("start", "greet", "--run-id", "r1", "--wait", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stderr)["type"] == "RunFailedError"
+    assert "OutOfStock: no tea" in json.loads(result.stderr)["error"]
+
+
+def test_without_a_url_the_way_to_give_one_is_named(durably_: Any) -> None:
+    result = durably_("runs", "list", url=False)
+    assert result.exit_code == 1
+    assert "--url or set DURABLY_URL" in result.stderr
+
+
+def test_a_traceback_needs_verbose(
+    durably_: Any, processor: ScriptedProcessor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("durably.client.listing._latest", fail)
+    result = durably_("runs", "list")
+    assert (result.exit_code, result.stderr) == (1, "unexpected error: KeyError: 'lost'; --verbose shows where\n")
+    assert "Traceback" in durably_("runs", "list", "--verbose").stderr
+
+
+# looking
+
+
+def test_runs_are_listed_as_a_table_or_as_json(processor: ScriptedProcessor, durably_: Any) -> None:
+    processor.start("r1")
+    processor.start("r2", workflow="other")
+    processor.change("r2", attributes={"team": "eu"})
+    processor.complete("r1", 1)
+    table = durably_("runs", "list").stdout
+    assert "r1" in table
+    assert "team=eu" in table
+    assert [
+        run["run_id"] for run in json.loads(durably_("runs", "list", "--json", "--attribute", "team=eu").stdout)
+    ] == ["r2"]
+    assert json.loads(durably_("runs", "list", "--status", "completed", "--json").stdout)[0]["run_id"] == "r1"
+    assert durably_("runs", "list", "--status", "done").exit_code == 2
+
+
+def test_a_run_and_its_log_are_shown_with_their_values(processor: ScriptedProcessor, durably_: Any) -> None:
+    processor.start("r1")
+    processor.complete("r1", {"n": 1})
+    assert "completed" in durably_("runs", "show", "r1").stdout
+    assert json.loads(durably_("runs", "show", "r1", "--json").stdout)["workflow"] == "greet"
+    log = json.loads(durably_("runs", "events", "r1", "--json").stdout)
+    assert [(e["seq"], e["type"]) for e in log] == [(1, "run_created"), (2, "run_completed")]
+    assert log[1]["data"]["result"] == {"n": 1}
+    assert '{"n":1}' in durably_("runs", "events", "r1").stdout
+
+
+def test_cancel_carries_its_reason(broker: ScriptedBroker, processor: ScriptedProcessor, durably_: Any) -> None:
+    processor.start("r1")
+    assert "r1 is cancelled" in durably_("runs", "cancel", "r1", "--reason", "enough").stdout
+    assert [c.reason for c in broker.sent if isinstance(c, CancelRun)] == ["enough"]
+
+
+def test_a_stream_is_printed_to_its_end(processor: ScriptedProcessor, durably_: Any) -> None:
+    processor.start("r1")
+    for n, value in enumerate(["a", {"b": 1}]):
+        processor.chunk("r1", "log", n, value)
+    processor.chunk("r1", "", 0, writer="end", end=True)
+    assert durably_("stream", "r1", "log").stdout == 'a\n{"b":1}\n'
+    assert durably_("stream", "r1", "log", "--from", "1").stdout == '{"b":1}\n'
+    assert durably_("stream", "r1", "log", "--json", "--from", "-2").stdout == '"a"\n{"b":1}\n'
+    assert "there is no run r2" in durably_("stream", "r2").stderr
+
+
+def test_watching_follows_the_events_as_they_come_and_ends_with_the_run(
+    processor: ScriptedProcessor, durably_: Any
+) -> None:
+    processor.start("r1")
+    timer = threading.Timer(0.05, processor.complete, ("r1", 7))
+    timer.start()
+    lines = durably_("runs", "watch", "r1", "--json").stdout.splitlines()
+    assert [json.loads(line)["type"] for line in lines] == ["run_created", "run_completed"]
+    assert "completed" in durably_("runs", "watch", "r1").stdout
+
+
+def test_the_view_of_a_run_shows_steps_waits_hooks_and_streams() -> None:
+    view, at = RunView("r1"), 1_000_000
+    error = Error(type="builtins:OSError", message="busy")
+    value = payloads.dump({"ok": 1}, "value")
+    written = (StreamWritten(namespace="log", writer="w", partition=0, first_offset=0, chunks=3),)
+    log: list[tuple[events.EventData, str | None]] = [
+        (events.RunCreated(workflow="greet", input=value), None),
+        (events.RunStarted(), None),
+        (_step("charge", "default"), "step_1"),
+        (_step("render", "gpu"), "step_2"),
+        (events.StepRetrying(attempt=2, error=error, retry_at=at), "step_1"),
+        (events.StepCompleted(attempt=2, result=value, streams=written), "step_1"),
+        (events.WaitCreated(due_at=at), "wait_1"),
+        (events.HookCreated(token="ship-7"), "hook_1"),
+        (events.ChildCreated(child_run_id="c1", workflow="pack", input=value), "child_1"),
+    ]
+    for seq, (data, of) in enumerate(log, 1):
+        view.take(events.event("r1", seq, at + seq * 100, data, of))
+    shown = text(view, at + 2_000)
+    for part in (
+        "greet",
+        "running",
+        "9 events",
+        "1.90 s",
+        "charge",
+        '{"ok":1}',
+        "300 ms",
+        "on gpu",
+        "ship-7",
+        "pack c1",
+    ):
+        assert part in shown
+    assert "stream log: 3 chunks" in shown
+    view.take(events.event("r1", 10, at + 3_000, events.RunFailed(error=error)))
+    assert "OSError: busy" in text(view, at + 9_000)
+    assert "9.0" not in text(view, at + 9_000)  # nothing runs on after the end
+
+
+def _step(name: str, queue: str) -> events.StepCreated:
+    backoff = events.Backoff(initial_ms=1, factor=1.0, max_ms=1)
+    value = payloads.dump([[], {}], "value")
+    return events.StepCreated(step=name, queue=queue, input=value, fingerprint="f", max_retries=3, backoff=backoff)
+
+
+# topics, schemas, health
+
+
+def test_topics_are_created_once_with_the_count_that_the_installation_has(
+    durably_: Any, broker: ScriptedBroker
+) -> None:
+    broker.states.clear()
+    created = json.loads(durably_("topics", "create", "--partitions", "5", "--json").stdout)
+    assert (len(created["created"]), created["existing"], created["partitions"]) == (9, [], 5)
+    again = json.loads(durably_("topics", "create", "--queue", "gpu", "--json").stdout)
+    assert again["created"] == ["durably.requests.gpu"]
+    assert broker.states["durably.requests.gpu"].partitions == 5
+    refused = durably_("topics", "create", "--partitions", "6")
+    assert refused.exit_code == 1
+    assert "5 partitions, but 6 are asked for" in refused.stderr
+
+
+def test_check_says_what_differs_and_the_remedy(durably_: Any, broker: ScriptedBroker) -> None:
+    assert durably_("topics", "check").exit_code == 0
+    broker.states["durably.events"] = TopicState(
+        3, {"cleanup.policy": "delete", "retention.ms": "604800000", "retention.bytes": "-1"}
+    )
+    broker.states["durably.runs"] = TopicState(2, {"cleanup.policy": "delete"})
+    del broker.states["durably.streams"]
+    result = durably_("topics", "check", "--json")
+    assert result.exit_code == 1
+    problems = [(p["topic"], p["problem"]) for p in json.loads(result.stdout)["problems"]]
+    assert problems == [
+        ("durably.events", "retention.ms is '604800000' and must be '-1'"),
+        ("durably.runs", "2 partitions where 3 are needed"),
+        ("durably.runs", "cleanup.policy is 'delete' and must be 'compact'"),
+        ("durably.streams", "missing"),
+    ]
+
+
+def test_export_writes_every_schema_and_the_catalogue(durably_: Any, tmp_path: Path) -> None:
+    assert durably_("schemas", "export", str(tmp_path / "out"), "--namespace", "shop", url=False).exit_code == 0
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {f"{record.__name__}.avsc" for record in RECORDS} | {"topics.json"}
+    topics = json.loads((tmp_path / "out" / "topics.json").read_text())
+    assert {"shop.commands", "shop.requests.default"} <= {topic["name"] for topic in topics}
+    assert json.loads((tmp_path / "out" / "StartRun.avsc").read_text())["name"] == "StartRun"
+
+
+def test_health_asks_the_owner_of_every_partition(processor: ScriptedProcessor, durably_: Any) -> None:
+    result = durably_("health", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert report["healthy"]
+    assert [p["partition"] for p in report["partitions"]] == [0, 1, 2]
+    assert all(p["latency_ms"] >= 0 for p in report["partitions"])
+    assert "3 partitions answer" in durably_("health").stdout
+
+
+def test_health_names_the_partition_that_nobody_owns(
+    processor: ScriptedProcessor, broker: ScriptedBroker, durably_: Any
+) -> None:
+    def all_but_one(command: Any) -> None:
+        if partition_for(command.run_id.encode(), 3) != 1:
+            processor.take(command)
+
+    broker.on_command = all_but_one
+    result = durably_("health", "--timeout", "0.1")
+    assert result.exit_code == 1
+    assert "nobody answers for partition 1" in result.stdout
+
+
+def test_health_without_topics_names_them(broker: ScriptedBroker, durably_: Any) -> None:
+    broker.states.clear()
+    result = durably_("health", "--json")
+    assert result.exit_code == 1
+    assert "durably topics create" in json.loads(result.stdout)["topics"][0]
+
+
+# processes
+
+
+def test_processes_are_found_by_name_and_given_settings_and_modules(
+    durably_: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    class Fake:
+        @staticmethod
+        def run_processor(settings: Any, modules: Any, ready: Any) -> None:
+            ready()
+            calls.append((settings.url, list(modules)))
+
+        @staticmethod
+        def run_dev(settings: Any, modules: Any, ready: Any, **options: Any) -> None:
+            ready()
+            calls.append((settings.url, list(modules), options))
+
+    monkeypatch.setattr(processes.importlib, "import_module", lambda name: Fake)
+    assert "processor ready" in durably_("processor", "a.py", "b").stderr
+    assert (
+        "--url embedded:x/y" in durably_("dev", "a.py", "--path", "x/y", "--queue", "gpu", "--concurrency", "3").stderr
+    )
+    durably_("dev", "a.py", url=False)
+    assert calls == [
+        ("kafka://scripted:1", ["a.py", "b"]),
+        ("embedded:x/y", ["a.py"], {"queues": ("gpu",), "concurrency": 3}),
+        ("embedded:.durably/dev", ["a.py"], {"queues": ("default",), "concurrency": 100}),
+    ]
+    assert "durably dev has a broker of its own" in durably_("dev", "a.py").stderr
+
+
+def test_an_installation_without_the_processor_says_so(durably_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name, name=name)
+
+    monkeypatch.setattr(processes.importlib, "import_module", missing)
+    assert "this installation has no processor" in durably_("processor", "a").stderr
+
+
+def test_a_worker_needs_its_modules_and_its_topics(durably_: Any, tmp_path: Path) -> None:
+    missing = durably_("worker", str(tmp_path / "none.py"))
+    assert missing.exit_code == 1
+    assert "cannot load" in missing.stderr
+    module = tmp_path / "cli_worker_module.py"
+    module.write_text("")
+    result = durably_("worker", str(module), "--queue", "gpu")
+    assert result.exit_code == 1
+    assert "durably.requests.gpu: create them with `durably topics create --queue gpu`" in result.stderr
+
+
+def test_every_command_has_the_common_options() -> None:
+    def commands(group: Any) -> list[Any]:
+        found = list(getattr(group, "commands", {}).values())
+        return [c for one in found for c in (commands(one) if hasattr(one, "commands") else [one])]
+
+    from typer.main import get_command
+
+    found = commands(get_command(app))
+    assert len(found) == 14
+    for one in found:
+        assert {"url", "namespace", "json", "verbose"} <= {parameter.name for parameter in one.params}
+
+
+def test_help_starts_without_loading_a_client_or_a_broker() -> None:
+    heavy = ("confluent_kafka", "rocksdict", "durably.client", "durably.broker", "durably.worker")
+    code = f"import sys, durably.cli.app; print([m for m in sys.modules if m.startswith({heavy})])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_values_that_json_has_no_form_for_are_printed_as_text() -> None:
+    assert json.loads(output.to_json({(1, 2): [{3}, 1 << 70, UUID(int=1)]})) == {
+        "(1, 2)": [[3], 1 << 70, str(UUID(int=1))]
+    }
+    assert output.length(90_061_000) == "1 d 1 h 1 min 1 s"
+
+
+def test_help_is_quick() -> None:
+    began = time.perf_counter()
+    done = subprocess.run(
+        [Path(sys.executable).parent / "durably", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "processor" in done.stdout
+    assert time.perf_counter() - began < 3  # a machine under load; it takes about a tenth

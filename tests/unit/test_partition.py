@@ -1,0 +1,355 @@
+"""A partition without Kafka: records in, a turn out; and a store that recovery rebuilds to the byte."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from durably import sleep, step
+from durably.authoring import Registry, WorkflowDefinition
+from durably.broker import connect
+from durably.broker.port import TP, End, Message
+from durably.failures import to_error
+from durably.payloads import dump, dump_arguments, load
+from durably_processor.engine import guards
+from durably_processor.engine.execution import Environment
+from durably_processor.partition import Partition, PoisonedInput
+from durably_processor.restore import Restore
+from durably_processor.state.store import CHECKPOINT, Store
+from durably_processor.turn import Part, Turn
+from durably_schemas import Catalogue, Codec
+from durably_schemas import records as rec
+
+T0 = 1_700_000_000_000
+CATALOGUE = Catalogue("lab", 1)
+CODEC = Codec()
+
+
+@step(max_retries=1, backoff="10s")
+async def doing(x: int) -> int:
+    return x
+
+
+async def chain(n: int) -> int:
+    for i in range(n):
+        await doing(i)
+    return n
+
+
+async def napping(n: int) -> int:
+    await doing(0)
+    await sleep(60)
+    await doing(1)
+    return n
+
+
+async def fanning(n: int) -> list[int]:
+    import asyncio
+
+    return await asyncio.gather(*(doing(i) for i in range(n)))
+
+
+@pytest.fixture(autouse=True)
+def _guarded():
+    guards.install()
+    yield
+    guards.uninstall()
+
+
+class Lab:
+    """Partition 0 of a namespace with one partition; the test is Kafka."""
+
+    def __init__(self, folder: Path, **options) -> None:
+        self.folder = folder
+        self.options = options
+        self.registry = Registry()
+        for fn in (chain, napping, fanning):
+            self.registry.workflows[fn.__name__] = WorkflowDefinition(fn.__name__, fn)
+        self.environment = Environment(self.registry, 1_000_000, lambda _: True, lambda _: nullcontext())
+        self.logs: dict[str, list[Message]] = {CATALOGUE.commands: [], CATALOGUE.results: [], CATALOGUE.signals: []}
+        self.events: list[tuple[bytes, bytes]] = []
+        self.number = self.acked = 0
+        self.now = T0
+        self.store = Store(folder / "store")
+        self.take_over(dict.fromkeys(self.logs, 0))
+
+    def take_over(self, positions: dict[str, int]) -> None:
+        self.positions = dict(positions)
+        self.partition = Partition(
+            0,
+            self.store,
+            self.environment,
+            CODEC,
+            CATALOGUE,
+            positions=dict(positions),
+            ends={topic: len(log) for topic, log in self.logs.items()},
+            now=lambda: self.now,
+            **self.options,
+        )
+
+    def put(self, topic: str, record: rec.Record | bytes, key: bytes | None = None) -> Message:
+        value = record if isinstance(record, bytes) else CODEC.encode(record)
+        key = key if key is not None else record.run_id.encode()
+        message = Message(topic, 0, len(self.logs[topic]), self.now, key, value, ())
+        self.logs[topic].append(message)
+        return message
+
+    def start(self, name: str, n: int, run_id: str = "r1") -> Message:
+        payload = dump_arguments(self.registry.workflows[name].fn, (n,), {}, name)
+        return self.put(CATALOGUE.commands, rec.StartRun(run_id=run_id, workflow=name, input=payload, requested_at=0))
+
+    def answer(self, request: rec.StepRequest, error: Exception | None = None) -> Message:
+        outcome: rec.StepSucceeded | rec.StepFailed = rec.StepSucceeded(
+            result=dump(load(request.input)[0][0], "result")
+        )
+        if error is not None:
+            outcome = rec.StepFailed(error=to_error(error))
+        return self.put(
+            CATALOGUE.results,
+            rec.StepResult(
+                run_id=request.run_id,
+                step_id=request.step_id,
+                attempt=request.attempt,
+                fingerprint=request.fingerprint,
+                outcome=outcome,
+                started_at=self.now,
+                finished_at=self.now,
+                worker="w",
+            ),
+        )
+
+    def turn(self, *messages: Message | End) -> Part:
+        self.number += 1
+        turn = Turn(self.number, self.acked)
+        for message in messages:
+            self.partition.handle(message, turn)
+        self.partition.end_turn(turn)
+        part = turn.parts.get(0, Part())
+        self.pending = part
+        return part
+
+    def commit(self, part: Part) -> Part:
+        self.events += part.events
+        self.store.write({**part.changes, CHECKPOINT: len(self.events).to_bytes(8, "big")})
+        self.acked = self.number
+        return part
+
+    def settle(self, *messages: Message | End) -> Part:
+        return self.commit(self.turn(*messages))
+
+
+def requests(part: Part, early: bool) -> list[rec.StepRequest]:
+    outputs = part.early if early else [o for o in part.outputs if o.topic == CATALOGUE.requests("default")]
+    return [CODEC.decode_as(rec.StepRequest, o.value) for o in outputs]
+
+
+@pytest.fixture
+def lab(tmp_path):
+    lab = Lab(tmp_path)
+    yield lab
+    lab.partition.drop()
+    lab.store.close()
+
+
+def test_a_request_whose_cause_is_ordered_by_one_log_goes_out_before_its_commit(lab):
+    part = lab.turn(lab.start("chain", 2))
+    (first,) = requests(part, early=True)
+    assert not requests(part, early=False)
+    part = lab.turn(lab.answer(first))  # nothing is committed yet
+    assert len(requests(part, early=True)) == 1
+
+
+def test_a_request_that_a_timer_or_an_open_wait_may_have_caused_is_held_back(lab):
+    (first,) = requests(lab.settle(lab.start("napping", 1)), early=True)
+    lab.settle(lab.answer(first))
+    lab.now += 60_000
+    part = lab.turn()
+    assert not requests(part, early=True)
+    (second,) = requests(part, early=False)
+    lab.commit(part)
+    assert lab.turn(lab.answer(second)).events
+
+
+def test_after_an_acknowledged_commit_early_dispatch_resumes(lab):
+    async def waits_once() -> None:
+        await sleep(1)
+        await doing(1)
+        await doing(2)
+
+    lab.registry.workflows["waits_once"] = WorkflowDefinition("waits_once", waits_once)
+    command = rec.StartRun(
+        run_id="r1", workflow="waits_once", input=dump_arguments(waits_once, (), {}, ""), requested_at=0
+    )
+    lab.settle(lab.put(CATALOGUE.commands, command))
+    lab.now += 1_000
+    held = lab.turn()
+    (first,) = requests(held, early=False)
+    unacked = lab.turn(lab.answer(first))
+    assert not requests(unacked, early=True), "the batch that the timer fired in is not acknowledged"
+    (second,) = requests(unacked, early=False)
+    held.merge(unacked)
+    lab.commit(held)
+    assert lab.turn(lab.answer(second)).events
+
+
+def test_a_run_with_a_step_in_backoff_holds_its_requests_back(lab):
+    async def two() -> None:
+        import asyncio
+
+        async def pair() -> None:
+            await doing(2)
+            await doing(3)
+
+        await asyncio.gather(doing(1), pair())
+
+    lab.registry.workflows["two"] = WorkflowDefinition("two", two)
+    command = rec.StartRun(run_id="r1", workflow="two", input=dump_arguments(two, (), {}, ""), requested_at=0)
+    one, other = requests(lab.settle(lab.put(CATALOGUE.commands, command)), early=True)
+    lab.settle(lab.answer(one, error=ValueError("no")))
+    part = lab.turn(lab.answer(other))
+    assert not requests(part, early=True)
+    assert len(requests(part, early=False)) == 1
+
+
+def test_dispatch_committed_holds_every_request_back(tmp_path):
+    lab = Lab(tmp_path, dispatch="committed")
+    part = lab.turn(lab.start("chain", 1))
+    assert not part.early
+    assert len(requests(part, early=False)) == 1
+    lab.partition.drop()
+    lab.store.close()
+
+
+def test_after_a_rewind_results_wait_for_the_commands_they_belong_to(lab):
+    start = lab.start("chain", 1)
+    (request,) = requests(lab.turn(start), early=True)
+    result = lab.answer(request)
+    lab.partition.drop()  # nothing of it was committed
+    lab.take_over(lab.positions)
+    part = lab.turn(result)
+    assert not part.events
+    assert part.offsets.get(TP(CATALOGUE.results, 0), 0) == 0, "its offset is held"
+    part = lab.turn(start)
+    assert part.offsets[TP(CATALOGUE.results, 0)] == 1
+    assert [CODEC.decode_as(rec.Event, v).type for _, v in part.events][-1] == "run_completed"
+
+
+def test_no_timer_fires_before_all_inputs_have_passed_their_ends(lab):
+    (request,) = requests(lab.settle(lab.start("napping", 1)), early=True)
+    lab.settle(lab.answer(request))
+    lab.now += 3_600_000
+    late = lab.put(
+        CATALOGUE.results,
+        rec.StepHeartbeat(run_id="r1", step_id="x", attempt=1, worker="w", started_at=0, lease_until=0),
+    )
+    lab.take_over({CATALOGUE.commands: 1, CATALOGUE.results: 1, CATALOGUE.signals: 0})
+    assert not lab.turn().events
+    assert not lab.partition.caught_up
+    assert lab.turn(late).events
+
+
+def test_an_input_that_is_not_where_it_belongs_goes_to_dead_letters(lab):
+    start = lab.start("chain", 1)
+    wrong = [
+        lab.put(CATALOGUE.commands, b"\xc3\x01nonsense", b"k"),
+        lab.put(CATALOGUE.commands, b"", b"k"),
+        start._replace(key=b"other", offset=3),
+        lab.put(CATALOGUE.results, CODEC.decode(start.value)),
+        lab.put(CATALOGUE.signals, CODEC.decode(start.value)),
+    ]
+    part = lab.turn(*wrong)
+    assert not part.events
+    letters = [CODEC.decode_as(rec.DeadLetter, o.value) for o in part.outputs]
+    assert len(letters) == len(wrong)
+    assert [(x.topic, x.offset, x.value or b"") for x in letters] == [(m.topic, m.offset, m.value) for m in wrong]
+
+
+def test_a_start_on_the_wrong_partition_names_the_partitioner(tmp_path):
+    wide = Catalogue("lab", 64)
+    lab = Lab(tmp_path)
+    lab.partition._catalogue = wide
+    part = lab.turn(lab.start("chain", 1, run_id="certainly-elsewhere"))
+    assert "murmur2_random" in CODEC.decode_as(rec.DeadLetter, part.outputs[0].value).reason
+    lab.store.close()
+
+
+def test_a_run_that_ended_its_processor_twice_is_blocked_instead_of_tried_again(lab):
+    start = lab.start("chain", 1)
+    for _ in range(2):
+        lab.store.begin_activation("r1")  # and the process ends
+    lab.take_over(lab.positions)
+    part = lab.turn(start)
+    types = [CODEC.decode_as(rec.Event, v).type for _, v in part.events]
+    assert types == ["run_created", "run_blocked"]
+
+
+def test_what_the_processor_cannot_handle_is_dead_lettered_and_blocks_its_run_alone(lab, monkeypatch):
+    (request,) = requests(lab.settle(lab.start("chain", 1)), early=True)
+    result = lab.answer(request)
+    other = lab.start("chain", 1, run_id="r2")
+    with monkeypatch.context() as broken:
+        broken.setattr("durably_processor.engine.run.Run.result", lambda *_: 1 / 0)
+        with pytest.raises(PoisonedInput) as raised:
+            lab.turn(result)
+    lab.partition.drop()
+    lab.options["poisoned"] = frozenset({raised.value.place})
+    lab.take_over({CATALOGUE.commands: 1, CATALOGUE.results: 0, CATALOGUE.signals: 0})
+    part = lab.turn(result, other)
+    types = [(e.run_id, e.type) for e in (CODEC.decode_as(rec.Event, v) for _, v in part.events)]
+    assert ("r1", "run_blocked") in types
+    assert ("r2", "run_started") in types
+    assert any(o.topic == CATALOGUE.dead_letters for o in part.outputs)
+
+
+def test_runs_leave_memory_when_they_end_and_when_there_are_too_many(tmp_path):
+    lab = Lab(tmp_path, max_runs=5)
+    lab.settle(*(lab.start("chain", 1, run_id=f"r{i}") for i in range(20)))
+    lab.settle()
+    assert len(lab.partition._runs) <= 5
+
+    lab.store.close()
+
+
+def test_a_step_that_opens_and_closes_between_commits_leaves_nothing_but_its_events(lab):
+    first = lab.turn(lab.start("chain", 2))
+    (request,) = requests(first, early=True)
+    second = lab.turn(lab.answer(request))
+    first.merge(second)
+    items = [key for key in first.changes if key[:1] in (b"o", b"t")]
+    assert len(items) == 2, "only the second step's item and timer"
+    assert None not in first.changes.values()
+
+
+def test_recovery_rebuilds_what_live_processing_derived(lab, tmp_path):
+    turns = [
+        lab.settle(*(lab.start(w, 3, run_id=f"{w}-{i}") for w in ("chain", "napping", "fanning") for i in range(3)))
+    ]
+    for step_number in range(12):
+        todo = [r for part in turns[-1:] for r in requests(part, early=True) + requests(part, early=False)]
+        answers = [
+            lab.answer(r, error=ValueError("x") if (i + step_number) % 5 == 0 else None) for i, r in enumerate(todo)
+        ]
+        lab.now += 7_000
+        turns.append(lab.settle(*answers))
+
+    broker = connect(f"embedded:{tmp_path}/broker")
+    broker.create(CATALOGUE.topics())
+    producer = broker.producer()
+    for key, value in lab.events:
+        producer.send(CATALOGUE.events, value, key=key, partition=0)
+    assert producer.flush(10) == 0
+    rebuilt = Store(tmp_path / "rebuilt")
+    restore = Restore(0, rebuilt, broker, CATALOGUE, CODEC)
+    while not restore.step(1):
+        pass
+
+    def content(store: Store) -> dict[bytes, bytes]:
+        return {key: value for key, value in store._db.items() if key[:1] in (b"e", b"r", b"o", b"t", b"b", b"c")}
+
+    live, recovered = content(lab.store), content(rebuilt)
+    assert live == recovered
+    again = Restore(0, rebuilt, broker, CATALOGUE, CODEC)
+    assert again.step(0.1), "nothing is left to read"
+    rebuilt.close()
+    broker.close()

@@ -1,0 +1,129 @@
+"""The watchdog: interrupts endless code, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+
+import pytest
+
+from durably_processor.engine.loop import DeterministicLoop
+from durably_processor.engine.watchdog import ActivationTimeout, Watchdog
+
+
+@pytest.fixture
+def watchdog():
+    dog = Watchdog(limit=0.05)
+    yield dog
+    dog.close()
+
+
+class Host:
+    def timer_set(self, timer, due_ms):
+        pass
+
+    def timer_dropped(self, timer):
+        pass
+
+
+def test_an_endless_loop_is_interrupted_and_its_place_named(watchdog):
+    started = time.monotonic()
+    with pytest.raises(ActivationTimeout, match=r"run-7: .* at .*test_watchdog\.py:\d+ in test_an_endless"):
+        with watchdog.watch("run-7"):
+            while True:
+                pass
+    assert time.monotonic() - started < 1
+
+
+def test_what_ends_in_time_is_left_alone(watchdog):
+    for _ in range(20):
+        with watchdog.watch("quick"):
+            time.sleep(0.01)
+    time.sleep(0.12)
+
+
+def test_code_that_swallows_the_interrupt_is_interrupted_again(watchdog):
+    caught = 0
+    with pytest.raises(ActivationTimeout):
+        with watchdog.watch("stubborn"):
+            while caught < 2:
+                try:
+                    while True:
+                        pass
+                except BaseException:
+                    caught += 1
+    assert caught == 2
+
+
+def test_an_overrun_counts_even_where_the_interrupt_was_swallowed(watchdog):
+    with pytest.raises(ActivationTimeout):
+        with watchdog.watch("sly"):
+            try:
+                while True:
+                    pass
+            except BaseException:
+                pass
+
+
+def test_an_error_of_the_block_is_the_cause(watchdog):
+    with pytest.raises(ActivationTimeout) as caught:
+        with watchdog.watch("x"):
+            try:
+                while True:
+                    pass
+            except BaseException:
+                raise KeyError("mine") from None
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_no_interrupt_comes_when_the_block_is_over():
+    # Blocks that end just when they are due, over and over.
+    dog = Watchdog(limit=0.003)
+    interrupted = 0
+    for i in range(300):
+        try:
+            with dog.watch("race"):
+                until = time.monotonic() + 0.003 + (i % 11 - 5) * 0.00003
+                while time.monotonic() < until:
+                    pass
+        except ActivationTimeout:
+            interrupted += 1
+        for _ in range(200):
+            pass
+    dog.close()
+    assert interrupted > 0
+
+
+def test_a_workflow_that_never_awaits_is_interrupted(watchdog):
+    async def main():
+        while True:
+            await asyncio.sleep(0)
+
+    loop = DeterministicLoop("run", Host())
+    loop.create_task(main())
+    with pytest.raises(ActivationTimeout, match="run:"):
+        with watchdog.watch("run"):
+            loop.run_ready()
+    assert asyncio._get_running_loop() is None
+    assert gc.isenabled()
+    loop.close()
+
+
+def test_a_workflow_that_never_yields_ends_with_the_interrupt(watchdog):
+    async def main():
+        while True:
+            pass
+
+    loop = DeterministicLoop("run", Host())
+    task = loop.create_task(main())
+    with pytest.raises(ActivationTimeout):
+        with watchdog.watch("run"):
+            loop.run_ready()
+    assert isinstance(task.exception(), ActivationTimeout)
+
+
+def test_a_closed_watchdog_is_gone():
+    dog = Watchdog()
+    dog.close()
+    assert not dog._thread.is_alive()

@@ -10,12 +10,13 @@ import asyncio
 import sys
 import tempfile
 import time
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import books
 import ledger
-from durably import AsyncClient
+from durably import AsyncClient, AsyncRun
 from durably.broker import connect
 from durably.broker.port import TP, End
 from durably.settings import Settings
@@ -29,7 +30,7 @@ from rich.table import Table
 from workflows import ORDERS, Fulfilled, fulfil
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
 KILL_AT = 0.45
 PATIENCE = 180
@@ -94,6 +95,18 @@ class Outcome(NamedTuple):
     lines: list[Any]
 
 
+@asynccontextmanager
+async def awaited(runs: Sequence[AsyncRun[Any]]) -> AsyncIterator[list[asyncio.Task[Any]]]:
+    """A task for each run that waits for its result; those still waiting at the end are cancelled."""
+    tasks = [asyncio.create_task(run.result(timeout=PATIENCE)) for run in runs]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class Demo:
     """One pass over the orders."""
 
@@ -130,21 +143,17 @@ class Demo:
             runs = await asyncio.gather(
                 *(client.options(run_id=row.order_id).start(fulfil, *row) for row in self._rows)
             )
-            results = [asyncio.create_task(run.result(timeout=PATIENCE)) for run in runs]
-            finished = await self._watch(results, until=int(KILL_AT * len(results)))
-            kill = await asyncio.to_thread(self._kill, finished)
-            for task in results:
-                task.cancel()
-            await asyncio.gather(*results, return_exceptions=True)
-        return kill
+            async with awaited(runs) as results:
+                finished = await self._watch(results, until=int(KILL_AT * len(results)))
+                return await asyncio.to_thread(self._kill, finished)
 
     async def _second_half(self, kill: Kill) -> Outcome:
         """Waits for all results, also those of the first half: they must have survived."""
         async with self._client() as client:
             runs = [client.get_run(row.order_id) for row in self._rows]
-            results = [asyncio.create_task(run.result(timeout=PATIENCE)) for run in runs]
-            await self._watch(results, until=len(results))
-            fulfilled = await asyncio.gather(*results)
+            async with awaited(runs) as results:
+                await self._watch(results, until=len(results))
+                fulfilled = [task.result() for task in results]
             twice = {a for a, n in ledger.executions(ledger.read(self._ledger)).items() if n > 1}
             # An order whose shipping ran twice has its lines twice on the stream, from two writers.
             again = {attempt.run_id for attempt in twice}

@@ -336,7 +336,8 @@ class Partition:
         assert state is not None, run_id
         last = self._codec.decode_as(Event, self.store.event(run_id, state.header.seq)) if state.terminal else None
         result = last.data.result if last and isinstance(last.data, ev.RunCompleted) else None
-        return Reply(request_id=request_id, run_id=run_id, summary=state.summary(), result=result)
+        message = state.header.cancel_reason if state.header.status == "cancelled" else None
+        return Reply(request_id=request_id, run_id=run_id, summary=state.summary(), result=result, message=message)
 
     def _page(self, request_id: str, run_id: str, from_seq: int) -> Reply:
         page: list[bytes] = []

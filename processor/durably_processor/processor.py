@@ -109,7 +109,7 @@ class Processor:
             self._environment = Environment(
                 self._registry,
                 self._broker.max_record_bytes,
-                lambda queue: self._broker.partitions(self._catalogue.requests(queue)) > 0,
+                self._queues(),
                 self._watchdog.watch,
             )
             self._plain: Producer = self._broker.producer()
@@ -220,6 +220,7 @@ class Processor:
     def _begin(self, numbers: list[int]) -> None:
         tps = self._tps(numbers)
         self._consumer.pause(tps)
+        self._environment.queues = self._queues()
         self._resolve_predecessors(tps)
         committed = self._consumer.committed(tps, 30)
         missing = [tp for tp, c in committed.items() if c.offset < 0]
@@ -318,6 +319,10 @@ class Processor:
             store.close()
 
     # -- beginning and end -----------------------------------------------------------------------------------------
+
+    def _queues(self) -> frozenset[str]:
+        prefix = self._catalogue.requests("x")[:-1]
+        return frozenset(name.removeprefix(prefix) for name in self._broker.topics() if name.startswith(prefix))
 
     def _check_topics(self) -> None:
         names = [*self._inputs, self._catalogue.events]

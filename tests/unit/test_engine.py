@@ -49,7 +49,7 @@ class Bench:
     def __init__(self, fn, *args, run_id: str = "wrun_1", registry: Registry | None = None) -> None:
         self.registry = registry or Registry()
         self.registry.workflows["wf"] = WorkflowDefinition("wf", fn)
-        self.environment = Environment(self.registry, 1_000_000, lambda queue: queue != "none", lambda _: nullcontext())
+        self.environment = Environment(self.registry, 1_000_000, {"default", "other"}, lambda _: nullcontext())
         self.log: list[rec.Event] = []
         self.open: list[rec.StepRequest] = []
         self.now = T0
@@ -343,7 +343,7 @@ def test_an_unknown_workflow_blocks_the_run_until_it_is_known():
         return 7
 
     registry = Registry()
-    environment = Environment(registry, 10**6, lambda _: True, lambda _: nullcontext())
+    environment = Environment(registry, 10**6, {"default"}, lambda _: nullcontext())
     log: list[rec.Event] = []
     start = rec.StartRun(run_id="r", workflow="later", input=bench.log[0].data.input, requested_at=T0)
     run, outcome = Run.start(start, T0, environment, lambda: iter(log))

@@ -66,7 +66,7 @@ class Lab:
         self.registry = Registry()
         for fn in (chain, napping, fanning):
             self.registry.workflows[fn.__name__] = WorkflowDefinition(fn.__name__, fn)
-        self.environment = Environment(self.registry, 1_000_000, lambda _: True, lambda _: nullcontext())
+        self.environment = Environment(self.registry, 1_000_000, {"default"}, lambda _: nullcontext())
         self.logs: dict[str, list[Message]] = {CATALOGUE.commands: [], CATALOGUE.results: [], CATALOGUE.signals: []}
         self.events: list[tuple[bytes, bytes]] = []
         self.number = self.acked = 0

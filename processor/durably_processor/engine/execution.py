@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ class Environment:
     Args:
         registry: the workflows and steps.
         max_record_bytes: what one record may hold.
-        has_queue: whether a queue's topic exists.
+        queues: those whose topic exists; kept up to date from outside, since an activation does no I/O.
         watch: a context manager around each activation; raises `ActivationTimeout` within it when it takes too long.
     """
 
@@ -70,13 +70,13 @@ class Environment:
         self,
         registry: Registry,
         max_record_bytes: int,
-        has_queue: Callable[[str], bool],
+        queues: Collection[str],
         watch: Callable[[str], AbstractContextManager[Any]],
     ) -> None:
         self.registry = registry
         self.code_version = registry.code_version()
         self.max_payload_bytes = max_record_bytes - RECORD_OVERHEAD
-        self.has_queue = has_queue
+        self.queues = queues
         self.watch = watch
 
     def workflow(self, name: str) -> WorkflowDefinition[..., Any]:
@@ -188,7 +188,7 @@ class Execution:
         """A recorded step: its request is a command, its result a delivery."""
         payload = payloads.dump_arguments(step.fn, args, kwargs, f"step {step.name!r}")
         self._check_size(payload, f"the arguments of step {step.name!r}")
-        if not self._environment.has_queue(step.queue):
+        if step.queue not in self._environment.queues:
             await self._park(
                 ConfigurationError(
                     f"step {step.name!r} goes to queue {step.queue!r}, whose topic does not exist: "

@@ -141,7 +141,7 @@ async def times_out() -> str:
 async def naps(seconds: float) -> float:
     before = time.time()
     await sleep(seconds)
-    return time.time() - before
+    return round(time.time() - before, 3)
 
 
 @workflow

@@ -66,7 +66,11 @@ _PASSING = _SILENT | {
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.NOT_COORDINATOR, KafkaError.REBALANCE_IN_PROGRESS,
     KafkaError.LEADER_NOT_AVAILABLE, KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.OFFSET_OUT_OF_RANGE,
 }  # fmt: skip
-
+# What asking the right broker heals.
+_LEADERSHIP = {
+    KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.FENCED_LEADER_EPOCH,
+    KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError._TRANSPORT, KafkaError.REPLICA_NOT_AVAILABLE,
+}  # fmt: skip
 
 _LATEST: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
 _EARLIEST: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
@@ -558,14 +562,26 @@ class KafkaBroker:
         return KafkaReader(self, positions, committed=committed)
 
     def _list(self, tps: Iterable[TP], spec: OffsetSpec, level: IsolationLevel, timeout: float) -> dict[TP, int]:
-        asked = dict.fromkeys(_kafka(tps), spec)
-        if not asked:
-            return {}
-        futures = self._admin.list_offsets(asked, isolation_level=level, request_timeout=timeout)
-        return {
-            TP(tp.topic, tp.partition): self._done(future, f"asking for the offsets of {tp.topic}").offset
-            for tp, future in futures.items()
-        }
+        # The admin client asks the leader that it remembers, and does not look for the new one by itself: a topic that
+        # has just been created, or a broker that has been restarted, would be refused for ever.
+        deadline = time.monotonic() + timeout
+        left = set(tps)
+        found: dict[TP, int] = {}
+        while left:
+            futures = self._admin.list_offsets(
+                dict.fromkeys(_kafka(left), spec), isolation_level=level, request_timeout=max(1.0, deadline - time.monotonic())
+            )
+            for tp, future in futures.items():
+                try:
+                    found[TP(tp.topic, tp.partition)] = future.result().offset
+                except KafkaException as error:
+                    if error.args[0].code() not in _LEADERSHIP or time.monotonic() > deadline:
+                        raise self.errors.raised(error, f"asking for the offsets of {tp.topic}") from error
+            left -= found.keys()
+            if left:
+                time.sleep(0.05)
+                self._admin.list_topics(timeout=UNREACHABLE_AFTER)  # learns the leaders anew
+        return found
 
     def end_offsets(self, tps: Iterable[TP], *, committed: bool = False, timeout: float = 30) -> dict[TP, int]:
         """See `Broker.end_offsets`."""

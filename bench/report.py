@@ -37,12 +37,17 @@ def _cpu() -> str:
     return platform.machine()
 
 
+def load() -> str:
+    """Runnable processes, averaged over the last minute; more than a few tenths before means a machine that is busy."""
+    return f"{os.getloadavg()[0]:.2f}"
+
+
 def conditions(broker: str) -> dict[str, str]:
     """What else a reader must know to compare the figures with other ones."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(time.time())),
         "machine": f"{os.cpu_count()} cores, {_cpu()}; broker, processes and client share them",
-        "load before": f"{os.getloadavg()[0]:.2f}",
+        "load before": load(),
         "python": platform.python_version(),
         "broker": broker,
         "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),

@@ -71,7 +71,7 @@ def main(
     for figure in figures:
         print(f"{figure.group:<9} {figure.what:<70} {report.text(figure):>18}")
     if not small and not only:
-        report.write(figures, where)
+        report.write(figures, where | {"load after": report.load()})
 
 
 if __name__ == "__main__":

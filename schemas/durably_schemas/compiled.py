@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NoReturn
 
 Encode = Callable[[Any], list[bytes]]
@@ -17,6 +18,7 @@ Decode = Callable[[bytes, int], tuple[Any, int]]
 _FAST = 4096
 
 
+@lru_cache(4096)  # instants: a batch has the same few again and again
 def varint(n: int) -> bytes:
     """A long: zig-zag, then seven bits a byte, lowest first. Raises `OverflowError` beyond 64 bits."""
     if not -(1 << 63) <= n < 1 << 63:
@@ -32,6 +34,16 @@ def varint(n: int) -> bytes:
 
 def read_long(data: bytes, at: int) -> tuple[int, int]:
     """The long at a place, and the place behind it. Raises `ValueError` for more than 64 bits."""
+    z = data[at]
+    if z < 0x80:
+        return (z >> 1) ^ -(z & 1), at + 1
+    try:  # an instant in this century: six bytes, without a loop
+        _, b, c, d, e, f = data[at : at + 6]
+        if b & c & d & e & 0x80 and f < 0x80:
+            z = z & 0x7F | (b & 0x7F) << 7 | (c & 0x7F) << 14 | (d & 0x7F) << 21 | (e & 0x7F) << 28 | f << 35
+            return (z >> 1) ^ -(z & 1), at + 6
+    except ValueError:  # fewer bytes are left
+        pass
     z = shift = 0
     while True:
         byte = data[at]

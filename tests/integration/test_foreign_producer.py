@@ -29,8 +29,9 @@ def installation(kafka: str, namespace: str, tmp_path: Path) -> Iterator[str]:
         "DURABLY_URL": f"kafka://{kafka}",
         "DURABLY_NAMESPACE": namespace,
         "DURABLY_DATA_DIR": str(tmp_path / "data"),
+        "DURABLY_PARTITIONS": "3",
     }
-    subprocess.run([DURABLY, "topics", "create", "--partitions", "3"], env=environment, check=True)
+    subprocess.run([DURABLY, "topics", "create"], env=environment, check=True)
     processes = []
     for role in ("processor", "worker"):
         with (tmp_path / f"{role}.log").open("wb") as log:
@@ -42,6 +43,8 @@ def installation(kafka: str, namespace: str, tmp_path: Path) -> Iterator[str]:
         process.terminate()
     for process in processes:
         process.wait(20)
+    for log in tmp_path.glob("*.log"):
+        print(log.name, log.read_text(), sep="\n")  # shown when the test fails
 
 
 @pytest.mark.kafka

@@ -38,7 +38,7 @@ _COMMANDS = (
     ev.StepCreated, ev.WaitCreated, ev.RunCompleted, ev.RunFailed, ev.RunCancelled,
 )  # fmt: skip
 _DELIVERIES = (ev.RunStarted, ev.StepCompleted, ev.StepFailed, ev.RunCancelling)
-_ENDS = (ev.RunCompleted, ev.RunFailed, ev.RunCancelled)
+_STEP_ENDS = (ev.StepCompleted, ev.StepFailed)
 
 
 class Command(NamedTuple):
@@ -144,7 +144,7 @@ class Execution:
 
     def _take(self, event: Event) -> None:
         data, correlation_id = event.data, event.correlation_id
-        if isinstance(data, ev.StepCompleted | ev.StepFailed):
+        if isinstance(data, _STEP_ENDS):
             future = self._futures.pop(correlation_id or "", None)
             if future is None or future.done():
                 return  # the task that waited for it was cancelled
@@ -254,11 +254,6 @@ def _exception_of(data: ev.StepFailed) -> BaseException:
         retries = data.attempt - 1
         error.add_note(f"failed after {retries} {'retry' if retries == 1 else 'retries'}")
     return error
-
-
-def is_end(data: ev.EventData) -> bool:
-    """Whether a run ends with this event."""
-    return isinstance(data, _ENDS)
 
 
 def is_delivery(data: ev.EventData) -> bool:

@@ -9,13 +9,16 @@ therefore best called before user modules are imported. Two things are outside o
 importing a module, which happens once in a process, and emitting a log record.
 """
 
+# ruff: noqa: SLF001 - what is replaced here is inside of the standard library
+
 from __future__ import annotations
 
 import asyncio
 import ctypes
-import datetime
+import datetime as dt
 import functools
 import gc
+import importlib._bootstrap
 import linecache
 import logging
 import os
@@ -120,8 +123,8 @@ def _clocks() -> Iterator[tuple[object, object]]:
     strftime, asctime = time.strftime, time.asctime
 
     @functools.wraps(strftime)
-    def strftime_(format: str, *moment: Any) -> str:
-        return strftime(format, *moment) if moment or _workflow() is None else strftime(format, time.localtime())
+    def strftime_(layout: str, /, *moment: Any) -> str:
+        return strftime(layout, *moment) if moment or _workflow() is None else strftime(layout, time.localtime())
 
     @functools.wraps(asctime)
     def asctime_(*moment: Any) -> str:
@@ -159,24 +162,24 @@ def _datetimes() -> None:
     # with the type itself, go on as before. It is immutable from Python, so its dictionary, which ``__dict__`` shows
     # through a proxy, is written to directly, and the interpreter is told that cached look-ups are void. date.today,
     # and datetime.today with it, need nothing: they call time.time.
-    now, utcnow = datetime.datetime.__dict__["now"], datetime.datetime.__dict__["utcnow"]
-    plain_now = datetime.datetime.now
+    now, utcnow = dt.datetime.__dict__["now"], dt.datetime.__dict__["utcnow"]
+    plain_now = dt.datetime.now
 
-    def now_(cls: type[datetime.datetime], tz: datetime.tzinfo | None = None) -> datetime.datetime:
+    def now_(cls: type[dt.datetime], tz: dt.tzinfo | None = None) -> dt.datetime:
         loop = _get_running_loop()
         if type(loop) is not DeterministicLoop:
-            return plain_now(tz) if cls is datetime.datetime else now.__get__(None, cls)(tz)
+            return plain_now(tz) if cls is dt.datetime else now.__get__(None, cls)(tz)
         loop.check_alive()
         return cls.fromtimestamp(loop.now_ms / 1000, tz)
 
-    def utcnow_(cls: type[datetime.datetime]) -> datetime.datetime:
+    def utcnow_(cls: type[dt.datetime]) -> dt.datetime:
         loop = _workflow()
         if loop is None:
             return utcnow.__get__(None, cls)()  # type: ignore[no-any-return]
-        return cls.fromtimestamp(loop.now_ms / 1000, datetime.UTC).replace(tzinfo=None)
+        return cls.fromtimestamp(loop.now_ms / 1000, dt.UTC).replace(tzinfo=None)
 
-    _set_on_type(datetime.datetime, now=classmethod(_named(now_, now)), utcnow=classmethod(_named(utcnow_, utcnow)))
-    _undo.append(functools.partial(_set_on_type, datetime.datetime, now=now, utcnow=utcnow))
+    _set_on_type(dt.datetime, now=classmethod(_named(now_, now)), utcnow=classmethod(_named(utcnow_, utcnow)))
+    _undo.append(functools.partial(_set_on_type, dt.datetime, now=now, utcnow=utcnow))
 
 
 def _set_on_type(cls: type, **attributes: object) -> None:
@@ -230,8 +233,8 @@ class _SharedRandom(random.Random):
 
     # gauss() draws two and keeps one for the next call: here, where a run would leave it to others.
     @property
-    def gauss_next(self) -> float | None:  # type: ignore[override]
-        return self.__dict__["gauss_next"] if (loop := _workflow()) is None else loop.random.gauss_next  # type: ignore[attr-defined, no-any-return]
+    def gauss_next(self) -> Any:
+        return self.__dict__["gauss_next"] if (loop := _workflow()) is None else loop.random.gauss_next  # type: ignore[attr-defined]
 
     @gauss_next.setter
     def gauss_next(self, value: float | None) -> None:
@@ -242,7 +245,7 @@ class _SharedRandom(random.Random):
 
 
 def _shared_random() -> None:
-    shared = random._inst  # type: ignore[attr-defined]
+    shared = random._inst
     shared.__class__ = _SharedRandom
     _undo.append(functools.partial(setattr, shared, "__class__", random.Random))
     _rebind(
@@ -332,8 +335,11 @@ def _orders() -> Iterator[tuple[object, object]]:
 # -- the outside -------------------------------------------------------------------------------------------------------
 
 _REFUSED = frozenset(
-    """fcntl ftplib glob http imaplib mmap nntplib open os poplib pty resource shutil signal smtplib socket sqlite3
-    subprocess syslog telnetlib tempfile urllib webbrowser pathlib _posixshmem _winapi""".split()
+    {
+        *("fcntl", "ftplib", "glob", "http", "imaplib", "mmap", "nntplib", "open", "os", "pathlib", "poplib", "pty"),
+        *("resource", "shutil", "signal", "smtplib", "socket", "sqlite3", "subprocess", "syslog", "telnetlib"),
+        *("tempfile", "urllib", "webbrowser", "_posixshmem"),
+    }
 )
 """Audit events, by the part before their first dot, that are refused: PEP 578 and the table in Python's manual."""
 
@@ -396,14 +402,13 @@ def _refuse(original: Callable[..., Any], call: str) -> Callable[..., Any]:
 
 
 def _exempt() -> Iterator[tuple[object, object]]:
-    import importlib._bootstrap  # type: ignore[import-not-found]
-
-    load = _outside(importlib._bootstrap._find_and_load)
+    bootstrap: Any = importlib._bootstrap
+    load = _outside(bootstrap._find_and_load)
     # Python takes the frames of its import system out of tracebacks, recognising them by their file.
     load.__code__ = load.__code__.replace(co_filename="<frozen importlib._bootstrap>")
     # What an import statement comes to when the module is not loaded yet. Were it inside, a module's own draws and
     # readings would be taken from the first run that needs it, and from no other.
-    _set(importlib._bootstrap, "_find_and_load", load)
+    _set(bootstrap, "_find_and_load", load)
     # The lines of source in a traceback or warning.
     _set(linecache, "updatecache", _outside(linecache.updatecache))
     # Handlers write to files and sockets.

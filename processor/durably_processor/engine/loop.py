@@ -7,6 +7,8 @@ What must not differ between two processes, and does in asyncio: the order of a 
 their names (a counter of the process). Tasks and futures of this loop hash and are named by their ordinal in the run.
 """
 
+# ruff: noqa: SLF001 - a loop and asyncio's tasks, futures and handles share their private attributes, in asyncio too
+
 from __future__ import annotations
 
 import asyncio
@@ -22,12 +24,12 @@ from collections import deque
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, TypeVarTuple
 
 from durably.errors import DeterminismError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
@@ -54,12 +56,31 @@ class Host(Protocol):
         """It no longer waits. Never said of a timer that has fired."""
 
 
+def refusal(call: str) -> DeterminismError:
+    """The error for a call that workflow code must not make."""
+    return DeterminismError(
+        f"{call}: workflow code must do the same at every replay, and cannot reach the outside: do this in a step"
+    )
+
+
+def _refused(name: str) -> Any:
+    def method(self: DeterministicLoop, *_: object, **__: object) -> NoReturn:
+        if self.dead:
+            raise DeadContext
+        raise refusal(f"loop.{name}()")
+
+    method.__name__ = name
+    return method
+
+
 class Task(asyncio.Task[_T]):
     """A task that hashes by its ordinal in the run."""
 
     __slots__ = ("_hash",)
 
-    def __init__(self, coro: Coroutine[Any, Any, _T], *, loop: DeterministicLoop, **options: Any) -> None:
+    def __init__(
+        self, coro: Generator[Any, None, _T] | Coroutine[Any, Any, _T], *, loop: DeterministicLoop, **options: Any
+    ) -> None:
         # First, since asyncio hashes the task while it initialises it.
         self._hash = loop.next_hash()
         super().__init__(coro, loop=loop, **options)
@@ -72,6 +93,8 @@ class Future(asyncio.Future[_T]):
     """A future that hashes by its ordinal in the run."""
 
     __slots__ = ("_hash",)
+
+    _hash: int
 
     def __hash__(self) -> int:
         return self._hash
@@ -135,6 +158,7 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
         # the garbage collector runs. The context is kept for `close`, since Python 3.11 does not tell a task's.
         self._tasks: dict[asyncio.Task[Any], Context] = {}
         self._generators: weakref.WeakSet[AsyncGenerator[Any, Any]] | None = None
+        self._abandoned: list[AsyncGenerator[Any, Any]] = []
         self._task_factory: Any = None
         self._closed = False
         self._refusals = 0
@@ -171,28 +195,18 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
         if type(previous) is DeterministicLoop:
             raise RuntimeError("a deterministic loop is running in this thread already")
         hooks = sys.get_asyncgen_hooks()
-        if hooks.firstiter is not _generator_started:
-            sys.set_asyncgen_hooks(_generator_started, _generator_dropped)
+        if hooks.finalizer != self._generator_dropped:
+            sys.set_asyncgen_hooks(self._generator_started, self._generator_dropped)
         collecting = gc.isenabled()
-        ready = self._ready
-        # An asynchronous exception (the watchdog's) may arrive behind any call. Each undoing is therefore the first
-        # call of a ``finally`` of its own.
+        # An asynchronous exception (the watchdog's) may arrive behind any call, and at any jump back. Each undoing is
+        # therefore the first call of a ``finally`` of its own, and the loop stands in another function: Python 3.13
+        # compiles some jumps so that no ``finally`` around them covers them.
         try:
             # Garbage collection would run finalizers, of this run and of others, at a point that differs each time.
             gc.disable()
             try:
                 _set_running_loop(self)
-                while ready:
-                    handle = ready.popleft()
-                    if handle._cancelled:
-                        continue
-                    try:
-                        handle._context.run(handle._callback, *handle._args)
-                    except (Exception, SystemExit) as error:
-                        # A workflow's sys.exit() ends that workflow, not the processor; its task has recorded it.
-                        self.call_exception_handler(
-                            {"message": f"Exception in callback {handle!r}", "exception": error, "handle": handle}
-                        )
+                self._drain()
             finally:
                 _set_running_loop(previous)
         finally:
@@ -200,8 +214,22 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
                 if collecting:
                     gc.enable()
             finally:
-                if previous is not None:  # otherwise they stay: setting them costs as much as the rest of an activation
+                if previous is not None:  # otherwise they stay until `close`, for the next activation of this run
                     sys.set_asyncgen_hooks(*hooks)
+
+    def _drain(self) -> None:
+        ready = self._ready
+        while ready:
+            handle = ready.popleft()
+            if handle._cancelled:
+                continue
+            try:
+                handle._context.run(handle._callback, *handle._args)  # type: ignore[attr-defined]
+            except (Exception, SystemExit) as error:
+                # A workflow's sys.exit() ends that workflow, not the processor; its task has recorded it.
+                self.call_exception_handler(
+                    {"message": f"Exception in callback {handle!r}", "exception": error, "handle": handle}
+                )
 
     def fire(self, timer: int) -> None:
         """Puts the timer's callback on the ready queue. Raises KeyError where the timer is not set (any more)."""
@@ -236,16 +264,29 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
         for task, context in tasks.items():
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             coro = task.get_coro()
-            if coro is not None:
-                context.run(_exhaust, coro)
+            if coro is not None and not context.run(_exhaust, coro):
+                self._take_coroutine(task)
             # Cuts task -> future -> callback -> task, so that most of a run is freed at once, without the collector.
             waiter = task._fut_waiter  # type: ignore[attr-defined]
             for callback, _ in getattr(waiter, "_callbacks", None) or ():
                 waiter.remove_done_callback(callback)
 
+    def _take_coroutine(self, task: asyncio.Task[Any]) -> None:
+        # It swallows everything. Freeing it is what Python leaves: that throws once more, and does not insist. It has to
+        # happen here, in the dead context, while others may hold the task for longer; a task initialised again lets go
+        # of its coroutine.
+        self._refusals = _PATIENCE
+        nothing = _park(self)
+        asyncio.Task.__init__(task, nothing, loop=self)
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        nothing.close()
+
     def _drop_generators(self) -> None:
-        for generator in list(self._generators or ()):
+        for generator in [*(self._generators or ()), *self._abandoned]:
             _end_generator(generator)
+        self._abandoned.clear()
+        if sys.get_asyncgen_hooks().finalizer == self._generator_dropped:
+            sys.set_asyncgen_hooks(None, None)
 
     # -- asked by asyncio and by workflow code ---------------------------------------------------------------------
 
@@ -255,7 +296,7 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
         return self.now_ms / 1000
 
     def call_soon(
-        self, callback: Callable[[Unpack[_Ts]], object], *args: Unpack[_Ts], context: Context | None = None
+        self, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
     ) -> asyncio.Handle:
         """As in asyncio."""
         handle = _Handle(callback, args, self, context)
@@ -266,7 +307,7 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
         return handle
 
     def call_soon_threadsafe(
-        self, callback: Callable[[Unpack[_Ts]], object], *args: Unpack[_Ts], context: Context | None = None
+        self, callback: Callable[[*_Ts], object], *args: *_Ts, context: Context | None = None
     ) -> asyncio.Handle:
         """As `call_soon`, from workflow code. From another thread, which could come at any time: DeterminismError."""
         if _get_running_loop() is not self:
@@ -276,8 +317,8 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
     def call_later(
         self,
         delay: float,
-        callback: Callable[[Unpack[_Ts]], object],
-        *args: Unpack[_Ts],
+        callback: Callable[[*_Ts], object],
+        *args: *_Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
         """As in asyncio, but a durable timer: its host is told, and `fire` is what makes it happen."""
@@ -287,8 +328,8 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
     def call_at(
         self,
         when: float,
-        callback: Callable[[Unpack[_Ts]], object],
-        *args: Unpack[_Ts],
+        callback: Callable[[*_Ts], object],
+        *args: *_Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
         """As `call_later`, at an instant of `time`."""
@@ -322,11 +363,10 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
 
     def create_task(
         self,
-        coro: Coroutine[Any, Any, _T],
+        coro: Generator[Any, None, _T] | Coroutine[Any, Any, _T],
         *,
-        name: object = None,
+        name: str | None = None,
         context: Context | None = None,
-        eager_start: bool | None = None,
     ) -> Task[_T]:
         """As in asyncio. A task without a name is called by its ordinal in the run."""
         if self.dead:
@@ -337,7 +377,7 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
         if context is None:
             context = copy_context()
         options: dict[str, Any] = {"name": f"Task-{self._task_ordinals}" if name is None else name, "context": context}
-        if eager_start or (eager_start is None and self._task_factory is not None):
+        if self._task_factory is not None:
             options["eager_start"] = True
         task = Task(coro, loop=self, **options)
         if self.dead:
@@ -390,38 +430,65 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
             if self._refusals <= _PATIENCE:
                 raise DeadContext
 
-    def track_generator(self, generator: AsyncGenerator[Any, Any]) -> None:
-        """Remembers an async generator that workflow code has begun to iterate, for `close`."""
+    # -- refused: I/O, threads, signals, and running the loop ------------------------------------------------------
+
+    run_forever = _refused("run_forever")
+    run_until_complete = _refused("run_until_complete")
+    stop = _refused("stop")
+    shutdown_asyncgens = _refused("shutdown_asyncgens")
+    shutdown_default_executor = _refused("shutdown_default_executor")
+    run_in_executor = _refused("run_in_executor")
+    set_default_executor = _refused("set_default_executor")
+    getaddrinfo = _refused("getaddrinfo")
+    getnameinfo = _refused("getnameinfo")
+    create_connection = _refused("create_connection")
+    create_server = _refused("create_server")
+    start_tls = _refused("start_tls")
+    sendfile = _refused("sendfile")
+    create_unix_connection = _refused("create_unix_connection")
+    create_unix_server = _refused("create_unix_server")
+    connect_accepted_socket = _refused("connect_accepted_socket")
+    create_datagram_endpoint = _refused("create_datagram_endpoint")
+    connect_read_pipe = _refused("connect_read_pipe")
+    connect_write_pipe = _refused("connect_write_pipe")
+    subprocess_shell = _refused("subprocess_shell")
+    subprocess_exec = _refused("subprocess_exec")
+    add_reader = _refused("add_reader")
+    remove_reader = _refused("remove_reader")
+    add_writer = _refused("add_writer")
+    remove_writer = _refused("remove_writer")
+    sock_recv = _refused("sock_recv")
+    sock_recv_into = _refused("sock_recv_into")
+    sock_recvfrom = _refused("sock_recvfrom")
+    sock_recvfrom_into = _refused("sock_recvfrom_into")
+    sock_sendto = _refused("sock_sendto")
+    sock_sendall = _refused("sock_sendall")
+    sock_connect = _refused("sock_connect")
+    sock_accept = _refused("sock_accept")
+    sock_sendfile = _refused("sock_sendfile")
+    add_signal_handler = _refused("add_signal_handler")
+    remove_signal_handler = _refused("remove_signal_handler")
+    set_exception_handler = _refused("set_exception_handler")
+    get_exception_handler = _refused("get_exception_handler")
+    default_exception_handler = _refused("default_exception_handler")
+    set_debug = _refused("set_debug")
+
+    # -- async generators ------------------------------------------------------------------------------------------
+
+    def _generator_started(self, generator: AsyncGenerator[Any, Any]) -> None:
         if self._generators is None:
             self._generators = weakref.WeakSet()
         self._generators.add(generator)
 
-
-def _generator_started(generator: AsyncGenerator[Any, Any]) -> None:
-    loop = _get_running_loop()
-    if type(loop) is DeterministicLoop:
-        loop.track_generator(generator)
-
-
-def _generator_dropped(generator: AsyncGenerator[Any, Any]) -> None:
-    # Within an activation the collector is off: the last reference has just gone, at a point in the code that is always
-    # the same, and the generator is closed as asyncio would. Elsewhere it is the collector's doing, at any time and on
-    # any thread, and must have no effect.
-    loop = _get_running_loop()
-    if type(loop) is not DeterministicLoop:
-        limbo = DeterministicLoop("", _Nobody())
-        limbo.track_generator(generator)
-        limbo.close()
-    elif loop.dead:
-        _end_generator(generator)
-    else:
-        loop.create_task(generator.aclose())
-
-
-class _Nobody:
-    def timer_set(self, timer: int, due_ms: int) -> None: ...
-
-    def timer_dropped(self, timer: int) -> None: ...
+    def _generator_dropped(self, generator: AsyncGenerator[Any, Any]) -> None:
+        if _get_running_loop() is not self:
+            # The collector found it, at any time and on any thread: it has to wait for `close`.
+            self._abandoned.append(generator)
+        elif self.dead:
+            _end_generator(generator)
+        else:
+            # The collector is off: the last reference has just gone, always at this point. Closed as asyncio would.
+            self.create_task(generator.aclose())
 
 
 def _end_generator(generator: AsyncGenerator[Any, Any]) -> None:
@@ -445,55 +512,32 @@ def _milliseconds(seconds: float) -> int:
     return -(-round(min(seconds, _FOREVER_S) * 1_000_000) // 1000)
 
 
-def refusal(call: str) -> DeterminismError:
-    """The error for a call that workflow code must not make."""
-    return DeterminismError(
-        f"{call}: workflow code must do the same at every replay, and cannot reach the outside: do this in a step"
-    )
-
-
-def _refused(name: str) -> Callable[..., NoReturn]:
-    def method(self: DeterministicLoop, *_: object, **__: object) -> NoReturn:
-        if self.dead:
-            raise DeadContext
-        raise refusal(f"loop.{name}()")
-
-    method.__name__ = name
-    return method
-
-
-# All the rest of the interface is I/O, threads, signals, or running the loop; whatever later Pythons add is, too.
-for _name in vars(asyncio.AbstractEventLoop):
-    if not _name.startswith("_") and _name not in vars(DeterministicLoop):
-        setattr(DeterministicLoop, _name, _refused(_name))
-
-
 async def _park(loop: DeterministicLoop) -> Any:
     await loop.create_future()
 
 
-def _exhaust(coro: Any) -> None:
+def _exhaust(coro: Any) -> bool:
     # Not coro.close(): it turns an ``await`` in an inner ``finally`` into a RuntimeError that outer user code catches.
     # Everything is swallowed, an interrupt too: whoever sent that is told when the watched block ends.
     for _ in range(_ATTEMPTS):
         try:
             coro.throw(DeadContext())
         except BaseException:
-            return
+            return True
+    return False
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
     """Python reports what goes wrong while coroutines are freed; of a dead context's it shall not, on this thread."""
     report, warn = sys.unraisablehook, warnings._warn_unawaited_coroutine  # type: ignore[attr-defined]
-    thread_is_dead = _in_dead_context
 
     def report_unless_dead(unraisable: sys.UnraisableHookArgs, /) -> None:
-        if not thread_is_dead():
+        if not _in_dead_context():
             report(unraisable)
 
     def warn_unless_dead(coro: Coroutine[Any, Any, Any]) -> None:
-        if not thread_is_dead():
+        if not _in_dead_context():
             warn(coro)
 
     sys.unraisablehook = report_unless_dead

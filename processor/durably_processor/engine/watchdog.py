@@ -9,9 +9,10 @@ import sys
 import threading
 import weakref
 from time import monotonic
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
 _AGAIN_S = 0.5  # between interrupts, for code that swallows them
@@ -19,8 +20,8 @@ _AGAIN_S = 0.5  # between interrupts, for code that swallows them
 _set_async_exc = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
 
-class ActivationTimeout(BaseException):  # noqa: N818 - like KeyboardInterrupt, not to be caught as an error
-    """Workflow code ran for too long without awaiting anything."""
+class ActivationTimeout(BaseException):
+    """Workflow code ran for too long without awaiting anything. Like KeyboardInterrupt, not to be caught as an error."""
 
 
 class Watchdog:
@@ -43,10 +44,13 @@ class Watchdog:
     def watch(self, label: str) -> _Watch:
         """A block that raises `ActivationTimeout`, naming the label and the line, when it takes longer than the limit.
 
-        It does so even where the code within has swallowed the interrupt, since an interrupted block is not
+        Let the block consist of calls: where an interrupt hits a loop that stands in the block itself, Python 3.13 may
+        skip the block's end. It raises even where the code within has swallowed the interrupt, since an interrupted block is not
         deterministic. When the block is over, so is every interrupt.
         """
-        return _Watch(self, label)
+        watch = _Watch(label, self._limit)
+        self._current = weakref.ref(watch)
+        return watch
 
     def close(self) -> None:
         """Ends the thread."""
@@ -63,21 +67,18 @@ class Watchdog:
 
 
 class _Watch:
-    __slots__ = ("__weakref__", "_armed", "_due", "_label", "_place", "_thread", "_watchdog")
+    __slots__ = ("__weakref__", "_armed", "_due", "_label", "_limit", "_place", "_thread")
 
-    def __init__(self, watchdog: Watchdog, label: str) -> None:
-        self._watchdog = watchdog
+    def __init__(self, label: str, limit: float) -> None:
         self._label = label
+        self._limit = limit
+        self._due = monotonic() + limit
         self._thread = threading.get_ident()
         self._armed = threading.Lock()  # held while the block is being executed
         self._place: str | None = None  # where it was when it was first interrupted
 
-    def __enter__(self) -> Self:
-        watchdog = self._watchdog
-        self._due = monotonic() + watchdog._limit
-        watchdog._current = weakref.ref(self)
+    def __enter__(self) -> None:
         self._armed.acquire()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -89,7 +90,7 @@ class _Watch:
         if self._place is not None:
             _set_async_exc(ctypes.c_ulong(self._thread), None)
             raise ActivationTimeout(
-                f"{self._label}: workflow code ran for {self._watchdog._limit:g} s without awaiting, at {self._place}"
+                f"{self._label}: workflow code ran for {self._limit:g} s without awaiting, at {self._place}"
             ) from (None if kind is ActivationTimeout else error)
 
     def check(self) -> float:
@@ -98,17 +99,18 @@ class _Watch:
         if left > 0:
             return left
         if not self._armed.locked():
-            return self._watchdog._limit
+            return self._limit
         if self._place is None:
             self._place = _place(self._thread)
         interrupt = functools.partial(_set_async_exc, ctypes.c_ulong(self._thread), ctypes.py_object(ActivationTimeout))
         # Asking and interrupting must be one: threads switch between bytecodes, and there are none within this call,
         # which is C all the way (all, map, call, locked, and a foreign function that keeps the GIL).
-        all(map(operator.call, (self._armed.locked, interrupt)))
+        steps: tuple[Callable[[], object], ...] = (self._armed.locked, interrupt)
+        all(map(operator.call, steps))
         self._due = monotonic() + _AGAIN_S
         return _AGAIN_S
 
 
 def _place(thread: int) -> str:
-    frame = sys._current_frames().get(thread)
+    frame = sys._current_frames().get(thread)  # noqa: SLF001 - documented, whatever its name says
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}" if frame else "an unknown place"

@@ -20,7 +20,7 @@ from durably_schemas.records import Event, Reply, ReplyTo
 from durably_processor.engine.execution import RECORD_OVERHEAD, Environment
 from durably_processor.engine.run import Outcome, Run
 from durably_processor.engine.state import OpenStep
-from durably_processor.state.store import Changes, Store, Stored, Timer, blocked_key, event_key
+from durably_processor.state.store import Changes, Store, Stored, Timer, blocked_key
 from durably_processor.turn import Output, Part, Turn
 
 log = logging.getLogger("durably.processor")
@@ -239,7 +239,7 @@ class Partition:
             headers = dict(message.headers)
             traceparent = headers["traceparent"].decode("ascii", "replace") if "traceparent" in headers else None
             run, outcome = self._guarded_start(record, message.timestamp, traceparent)
-            entry = self._runs[record.run_id] = _Entry(run, Stored())
+            entry = self._runs[record.run_id] = _Entry(run, Stored(record.run_id))
             self._record(entry, outcome, turn, early=self._early, before=None)
         if record.reply_to is not None:
             run_id = record.run_id
@@ -364,7 +364,7 @@ class Partition:
         state = self.store.state(run_id)
         if state is None:
             return None
-        entry = self._runs[run_id] = _Entry(Run(state, self._environment, self._history(run_id)), Stored(state))
+        entry = self._runs[run_id] = _Entry(Run(state, self._environment, self._history(run_id)), Stored(run_id, state))
         return entry
 
     def _history(self, run_id: str) -> Callable[[], Iterator[Event]]:
@@ -415,7 +415,7 @@ class Partition:
         for event in outcome.events:
             value = encode(event)
             part.events.append((key, value))
-            changes[event_key(run_id, event.seq)] = value
+            changes[entry.stored.event_key(event.seq)] = value
             entry.bytes += len(value)
             self._bytes += len(value)
         for timer in entry.stored.changes(state, changes, created):

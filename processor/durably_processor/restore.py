@@ -93,7 +93,7 @@ class Restore:
                 if not isinstance(event.data, ev.RunCreated):
                     raise LookupError(f"the log of run {event.run_id} begins with seq {event.seq}: {event.type}")
                 state = created(event)
-            known = self._states[event.run_id] = (state, Stored(state))
+            known = self._states[event.run_id] = (state, Stored(event.run_id, state))
         state = known[0]
         if event.seq <= state.header.seq:
             return False  # applied before, but the process ended before its checkpoint was written

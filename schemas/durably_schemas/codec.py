@@ -116,7 +116,9 @@ class Codec:
         """The record in single-object encoding. Raises `CodecError` when a field does not fit the schema."""
         shape = _SHAPES[type(record)]
         try:
-            return shape.header + b"".join(shape.encode(record))
+            parts = [shape.header]
+            shape.encode(record, parts.append)
+            return b"".join(parts)
         except Exception as e:
             raise CodecError(f"this {shape.name} does not fit its schema: {e}: {record!r:.300}") from e
 

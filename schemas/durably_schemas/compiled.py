@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NoReturn
 
-Encode = Callable[[Any], list[bytes]]
+Encode = Callable[[Any, Callable[[bytes], None]], None]
 Decode = Callable[[bytes, int], tuple[Any, int]]
 
 _FAST = 4096
@@ -96,16 +96,9 @@ class Compiler:
         self._done: set[str] = set()
 
     def compile(self, schema: dict[str, Any]) -> tuple[Encode, Decode]:
-        """(encode to a list of bytes, decode from a place) for a record's schema."""
+        """(encode, handing over piece by piece; decode, from a place) for a record's schema."""
         name = self._define(schema)
-        encode, decode = self._names[f"encode_{name}"], self._names[f"decode_{name}"]
-
-        def to_parts(record: Any) -> list[bytes]:
-            parts: list[bytes] = []
-            encode(record, parts.append)
-            return parts
-
-        return to_parts, decode
+        return self._names[f"encode_{name}"], self._names[f"decode_{name}"]
 
     def _define(self, schema: dict[str, Any]) -> str:
         full_name = f"{schema['namespace']}.{schema['name']}"

@@ -52,9 +52,9 @@ def event_key(run_id: str, seq: int) -> bytes:
     return b"e" + _prefixed(run_id) + seq.to_bytes(8, "big")
 
 
-def timer_key(timer: Timer) -> bytes:
-    """Of one timer."""
-    return b"t" + timer.due.to_bytes(8, "big") + _prefixed(timer.run_id) + timer.correlation_id.encode()
+def timer_key(due: int, run: bytes, correlation_id: str) -> bytes:
+    """Of one timer; ``run`` is prefixed."""
+    return b"t" + due.to_bytes(8, "big") + run + correlation_id.encode()
 
 
 def _timer_of(key: bytes) -> Timer:
@@ -63,41 +63,51 @@ def _timer_of(key: bytes) -> Timer:
 
 
 class Stored:
-    """What the store holds of a run's open items, so that a change writes only what differs."""
+    """What the store holds of a run's open items, so that a change writes only what differs.
 
-    __slots__ = ("blocked", "dues")
+    Args:
+        run_id: the run.
+        state: as the store has it; None where it has nothing.
+    """
 
-    def __init__(self, state: RunState | None = None) -> None:
+    __slots__ = ("_dues", "_event", "_header", "_item", "_run", "blocked")
+
+    def __init__(self, run_id: str, state: RunState | None = None) -> None:
         self.blocked = state.header.blocked if state else False
-        self.dues: dict[str, int] = {i: item.due for i, item in state.items.items()} if state else {}
+        self._dues: dict[str, int] = {i: item.due for i, item in state.items.items()} if state else {}
+        self._run = run = _prefixed(run_id)
+        self._header, self._item, self._event = b"r" + run, b"o" + run, b"e" + run
+
+    def event_key(self, seq: int) -> bytes:
+        """Of one of its events."""
+        return self._event + seq.to_bytes(8, "big")
 
     def changes(self, state: RunState, into: Changes, created: set[bytes]) -> list[Timer]:
         """Adds what has changed in ``state`` since the last call; returns the timers that are new.
 
         ``created`` takes the keys that no earlier call has given a value.
         """
-        header = state.header
-        run = _prefixed(header.run_id)
-        into[b"r" + run] = _encode(header)
-        timers = []
+        into[self._header] = _encode(state.header)
+        timers: list[Timer] = []
+        dues = self._dues
         for correlation_id in state.touched:
             item = state.items.get(correlation_id)
-            before = self.dues.pop(correlation_id, None)
+            before = dues.pop(correlation_id, None)
             if before is not None and (item is None or item.due != before):
-                into[timer_key(Timer(before, header.run_id, correlation_id))] = None
-            key = b"o" + run + correlation_id.encode()
+                into[timer_key(before, self._run, correlation_id)] = None
             if item is not None:
+                key = self._item + correlation_id.encode()
                 into[key] = _encode(item)
                 if before is None:
                     created.add(key)
-                self.dues[correlation_id] = item.due
-                if item.due != before:
-                    timer = Timer(item.due, header.run_id, correlation_id)
-                    into[timer_key(timer)] = b""
-                    created.add(timer_key(timer))
-                    timers.append(timer)
+                due = dues[correlation_id] = item.due
+                if due != before:
+                    timer = timer_key(due, self._run, correlation_id)
+                    into[timer] = b""
+                    created.add(timer)
+                    timers.append(Timer(due, state.header.run_id, correlation_id))
             elif before is not None:
-                into[key] = None
+                into[self._item + correlation_id.encode()] = None
         state.touched.clear()
         return timers
 

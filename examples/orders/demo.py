@@ -120,8 +120,8 @@ class Demo:
     async def run(self) -> bool:
         """Does it all; whether every check has passed."""
         began = time.monotonic()
-        self._installation.start()
         try:
+            self._installation.start()
             kill = await self._first_half()
             self._console.print(
                 f"[bold red]kill -9[/] durably {self._installation.victim} (pid {kill.pid}): {kill.finished} runs "

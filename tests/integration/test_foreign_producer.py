@@ -42,7 +42,11 @@ def installation(kafka: str, namespace: str, tmp_path: Path) -> Iterator[str]:
     for process in processes:
         process.terminate()
     for process in processes:
-        process.wait(20)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     for log in tmp_path.glob("*.log"):
         print(log.name, log.read_text(), sep="\n")  # shown when the test fails
 

@@ -60,10 +60,13 @@ class Watchdog:
     def _patrol(self) -> None:
         # Waking once in every limit is enough: what starts while this sleeps is due later than it wakes.
         pause = self._limit
+        asleep = monotonic()
         while not self._closing.wait(pause):
+            late = monotonic() - asleep - pause
             watch = self._current() if self._current is not None else None
-            pause = self._limit if watch is None else watch.check()
+            pause = self._limit if watch is None else watch.check(late)
             del watch
+            asleep = monotonic()
 
 
 class _Watch:
@@ -93,8 +96,13 @@ class _Watch:
                 f"{self._label}: workflow code ran for {self._limit:g} s without awaiting, at {self._place}"
             ) from (None if kind is ActivationTimeout else error)
 
-    def check(self) -> float:
-        """Interrupts the block if it is due; the seconds until the next check. Called by the watchdog's thread."""
+    def check(self, late: float) -> float:
+        """Interrupts the block if it is due; the seconds until the next check. Called by the watchdog's thread.
+
+        Args:
+            late: seconds by which that thread overslept. So long the process was stopped, or starved, and so was the block.
+        """
+        self._due += late
         left = self._due - monotonic()
         if left > 0:
             return left

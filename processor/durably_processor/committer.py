@@ -21,7 +21,7 @@ log = logging.getLogger("durably.processor")
 
 COMMIT_BOUND = 10.0
 """Seconds after which a commit that has not come back is given up; below the transaction timeout."""
-LINGER = 0.005
+LINGER = 0.02
 """Seconds that offsets and events may wait for company when nobody waits for their commit."""
 OWNER = "owner:"
 """What stands before the transactional id in the metadata of an owner's offsets."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _AGAIN_S = 0.5  # between interrupts, for code that swallows them
+_LATE_S = 0.1  # what is less is the scheduler's ordinary noise
 
 _set_async_exc = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
@@ -102,7 +103,8 @@ class _Watch:
         Args:
             late: seconds by which that thread overslept. So long the process was stopped, or starved, and so was the block.
         """
-        self._due += late
+        if late > _LATE_S:
+            self._due += late
         left = self._due - monotonic()
         if left > 0:
             return left
@@ -116,7 +118,7 @@ class _Watch:
         steps: tuple[Callable[[], object], ...] = (self._armed.locked, interrupt)
         all(map(operator.call, steps))
         self._due = monotonic() + _AGAIN_S
-        return _AGAIN_S
+        return min(_AGAIN_S, self._limit)
 
 
 def _place(thread: int) -> str:

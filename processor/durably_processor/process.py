@@ -28,14 +28,15 @@ SWITCH_INTERVAL = 0.0005
 def prepare(modules: Sequence[str]) -> None:
     """Makes this interpreter fit to run workflows, and imports them.
 
-    Sets of str are ordered by the hash seed, so every processor must have the same: the interpreter is started again
-    with PYTHONHASHSEED=0 where it is not. Guards are installed before user modules bind the functions they replace.
+    Sets of str are ordered by the hash seed, and local time is the process's: every processor must have the same of
+    both, so the interpreter is started again with PYTHONHASHSEED=0 and TZ=UTC where they are not. Guards are installed before user modules bind the functions they replace.
 
     Raises:
         ConfigurationError: a module cannot be imported.
     """
-    if os.environ.get("PYTHONHASHSEED") != "0":
-        os.environ["PYTHONHASHSEED"] = "0"
+    wanted = {"PYTHONHASHSEED": "0", "TZ": "UTC"}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.environ.update(wanted)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this very program again
     sys.setswitchinterval(SWITCH_INTERVAL)
     guards.install()

@@ -520,16 +520,11 @@ async def interpret(shape):
         done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
-        names = []
-        for task in done:
-            names.append([task.exception() is None, random.random()])
+        names = [[task.exception() is None, random.random()] for task in done]
         await work(len(done))
         return names
     if kind == "each":
-        out = []
-        for next_done in asyncio.as_completed([interpret(s) for s in arg]):
-            out.append(await next_done)
-        return out
+        return [await each for each in asyncio.as_completed([interpret(s) for s in arg])]
     if kind == "timeout":
         try:
             return await asyncio.wait_for(interpret(arg), 20)

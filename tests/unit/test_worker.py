@@ -464,7 +464,7 @@ def test_a_long_step_becomes_a_lease_and_frees_its_offset_even_while_it_blocks_t
 def test_an_unacknowledged_heartbeat_frees_nothing(broker, start):
     go = threading.Event()
     slow = step(name="slow")(lambda: go.wait(5))
-    start(lease_after=0.02)
+    start(lease_after=0.02, heartbeat_every=0.2, lease_ttl=5.0)
     broker.muted = True
     ask_for(broker, request(slow))
     until(lambda: sent(broker, StepHeartbeat))

@@ -8,6 +8,7 @@ delivery, and so on; which is why the same deliveries always give the same comma
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable
 from contextlib import AbstractContextManager
@@ -74,7 +75,8 @@ class Environment:
         watch: Callable[[str], AbstractContextManager[Any]],
     ) -> None:
         self.registry = registry
-        self.code_version = registry.code_version()
+        # The minor version counts as code: asyncio's own order of turns differs between them.
+        self.code_version = f"{registry.code_version()}-py{sys.version_info.major}.{sys.version_info.minor}"
         self.max_payload_bytes = max_record_bytes - RECORD_OVERHEAD
         self.queues = queues
         self.watch = watch
@@ -140,7 +142,11 @@ class Execution:
 
     def close(self) -> None:
         """Drops the coroutine; nothing that it does on the way out has any effect."""
-        self._loop.close()
+        try:
+            with self._environment.watch(self.run_id):
+                self._loop.close()
+        except ActivationTimeout:  # code in a finally that never ends: what is left of it has no effect either
+            pass
 
     def _take(self, event: Event) -> None:
         data, correlation_id = event.data, event.correlation_id

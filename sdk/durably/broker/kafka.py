@@ -569,7 +569,9 @@ class KafkaBroker:
         found: dict[TP, int] = {}
         while left:
             futures = self._admin.list_offsets(
-                dict.fromkeys(_kafka(left), spec), isolation_level=level, request_timeout=max(1.0, deadline - time.monotonic())
+                dict.fromkeys(_kafka(left), spec),
+                isolation_level=level,
+                request_timeout=max(1.0, deadline - time.monotonic()),
             )
             for tp, future in futures.items():
                 try:

@@ -196,7 +196,7 @@ class Committer:
         if part.events:  # a partition's records are acknowledged in order: the last one's offset stands for all
 
             def on_ack(error: Exception | None, offset: int) -> None:
-                if error is None:
+                if error is None and offset >= 0:  # librdkafka does not always know it after a retry
                     checkpoints[number] = offset + 1
 
             key, value = part.events[-1]
@@ -241,12 +241,16 @@ class Committer:
 
 
 def dispatch(turn: Turn, plain: Producer) -> None:
-    """Sends what may go out ahead of the transaction."""
-    outputs: list[Output] = [output for part in turn.parts.values() for output in part.early]
+    """Sends what may go out ahead of the transaction, and has not gone out yet."""
+    outputs: list[Output] = []
+    for part in turn.parts.values():
+        outputs += part.early
+        part.early = []
     for output in outputs:
         turn.dispatch.sent += 1
         plain.send(output.topic, output.value, key=output.key, on_ack=turn.dispatch.on_ack)
-    plain.poll(0)
+    if outputs:
+        plain.poll(0)
 
 
 def owner_of(metadata: str) -> str | None:

@@ -6,6 +6,7 @@ import heapq
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import islice
 from typing import Literal
 
@@ -115,6 +116,7 @@ class Partition:
         self._complete = False  # commands and signals have passed their ends: what is unknown now stays unknown
         self._caught_up = False  # results have, too: timers may fire
         self._leases_from = now() + LEASE_GRACE_MS
+        self._requests_topic = lru_cache(catalogue.requests)
         self._owners = {
             catalogue.commands: (rec.StartRun, rec.QueryRun, rec.CancelRun, rec.ResumeHook),
             catalogue.results: (rec.StepResult, rec.StepHeartbeat, rec.StepClaim),
@@ -422,7 +424,7 @@ class Partition:
             if timer.due < self._horizon + WINDOW_MS:  # later ones are on disk by the time their window opens
                 heapq.heappush(self._timers, timer)
         for queue, request in outcome.requests:
-            output = Output(self._catalogue.requests(queue), encode(request), request.step_id.encode())
+            output = Output(self._requests_topic(queue), encode(request), request.step_id.encode())
             if early:
                 part.early.append(output)
             else:
@@ -434,7 +436,7 @@ class Partition:
                 self._finished.append((turn.number, run_id))
         if state.waits or state.unsettled:
             entry.tainted = turn.number
-        part.change(changes, created)
+        part.change(changes, created, [key for key, value in changes.items() if value is None])
         entry.turn = turn.number
 
     def _status_changed(self, entry: _Entry, part: Part, changes: Changes, before: tuple[str, bool] | None) -> None:

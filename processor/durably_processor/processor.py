@@ -143,8 +143,9 @@ class Processor:
                 partition = self._partitions.get(message.partition)
                 if partition is not None:
                     partition.handle(message, turn)
-            for partition in self._partitions.values():
-                partition.end_turn(turn)
+            if self._dispatched(turn):
+                for partition in self._partitions.values():
+                    partition.end_turn(turn)
         except PoisonedInput as e:
             self._poisoned |= {e.place}
             self._distrust(f"an input could not be handled: {e}")
@@ -155,13 +156,18 @@ class Processor:
             self._distrust(str(e))
             self._stop.wait(RETRY)
             return
+        if self._dispatched(turn) and turn.parts:
+            self._number = turn.number
+            committer.add(turn, self._consumer.group_metadata())
+
+    def _dispatched(self, turn: Turn) -> bool:
+        """Sends what may go out early; False, and nothing sent, where we may no longer be the owner."""
         if self._pulse.stood_still:
             self._distrust("the process stood still, and may no longer be the owner")
-            return
-        if turn.parts:
-            self._number = turn.number
-            dispatch(turn, self._plain)
-            committer.add(turn, self._consumer.group_metadata())
+            turn.parts.clear()
+            return False
+        dispatch(turn, self._plain)
+        return True
 
     def _patience(self) -> float:
         if self._restoring:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from durably.broker.port import TP
@@ -49,7 +49,18 @@ class Dispatch:
 class Part:
     """The consequences for one partition."""
 
-    __slots__ = ("answers", "changes", "created", "early", "events", "offsets", "outputs", "summaries", "urgent")
+    __slots__ = (
+        "answers",
+        "changes",
+        "created",
+        "deleted",
+        "early",
+        "events",
+        "offsets",
+        "outputs",
+        "summaries",
+        "urgent",
+    )
 
     def __init__(self) -> None:
         self.events: list[tuple[bytes, bytes]] = []  # (key, value)
@@ -58,18 +69,23 @@ class Part:
         self.summaries: dict[bytes, bytes] = {}  # the latest of each run
         self.changes: Changes = {}
         self.created: set[bytes] = set()  # keys of changes that RocksDB has never seen
+        self.deleted: list[bytes] = []  # keys of changes that are deletions
         self.offsets: dict[TP, int] = {}
         self.answers: list[Answer] = []
         self.urgent = False  # somebody waits for the commit
 
-    def change(self, changes: Changes, created: set[bytes]) -> None:
-        """Adds changes. What is created and deleted before it ever reached RocksDB leaves no trace."""
-        for key, value in changes.items():
-            if value is None and key in self.created:
+    def change(self, changes: Changes, created: set[bytes], deleted: Iterable[bytes]) -> None:
+        """Adds changes. What is created and deleted before it ever reached RocksDB leaves no trace.
+
+        ``deleted``: the keys whose change is a deletion.
+        """
+        self.changes.update(changes)
+        for key in deleted:
+            if key in self.created:
                 self.created.discard(key)
                 del self.changes[key]
             else:
-                self.changes[key] = value
+                self.deleted.append(key)
         self.created |= created
 
     def merge(self, later: Part) -> None:
@@ -77,7 +93,7 @@ class Part:
         self.events += later.events
         self.outputs += later.outputs
         self.summaries.update(later.summaries)
-        self.change(later.changes, later.created)
+        self.change(later.changes, later.created, later.deleted)
         self.offsets.update(later.offsets)
         self.answers += later.answers
         self.urgent |= later.urgent

@@ -49,7 +49,7 @@ _CONSUMER = {
 _CLASSIC_GROUP = {
     "partition.assignment.strategy": "cooperative-sticky",
     "session.timeout.ms": "10000",
-    "heartbeat.interval.ms": "3000",
+    "heartbeat.interval.ms": "1000",
 }
 _PRODUCER = {
     "linger.ms": "0",

@@ -2,6 +2,7 @@
 
 import importlib
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,6 +69,8 @@ def worker(shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concu
     from durably.errors import ConfigurationError
     from durably.worker import Worker
 
+    # A thread that wakes for a request must not wait 5 ms, Python's default, for one that is encoding.
+    sys.setswitchinterval(0.0005)
     for module in modules:
         load_module(module)
     with shell.broker() as (broker, settings):

@@ -11,6 +11,7 @@ import harness
 import pytest
 from durably import (
     FatalError,
+    RecordTooLarge,
     RetryableError,
     RunBlockedError,
     RunCancelledError,
@@ -431,3 +432,55 @@ def test_bad_circumstances_are_named(system):
     with pytest.raises(ConfigurationError, match="7 partitions"):
         wrong.run()
     assert running.error is None
+
+
+@step(max_retries=0)
+async def inflate(n: int) -> str:
+    return "x" * n
+
+
+@step
+async def known_to_no_worker() -> None:
+    """Registered where the workflow runs, and nowhere else."""
+
+
+@workflow
+async def too_much(where: str) -> list[str]:
+    try:
+        if where == "argument":
+            await add("x" * 2_000_000, 1)  # type: ignore[arg-type]
+        await inflate(2_000_000)
+    except RecordTooLarge as e:
+        return [str(e)]
+    return []
+
+
+@workflow
+async def asks_for_the_unknown() -> None:
+    await known_to_no_worker()
+
+
+def test_what_is_too_large_is_refused_where_it_arises(running):
+    client = running.client
+    with pytest.raises(RecordTooLarge, match="reference"):
+        client.start(inflates_nothing, "x" * 2_000_000)
+    for where in ("argument", "result"):
+        (message,) = client.start(too_much, where).result(30)
+        assert "reference" in message
+    assert client.start(sequential, 2).result(30) == 1, "nobody stopped"
+
+
+@workflow
+async def inflates_nothing(text: str) -> int:
+    return len(text)
+
+
+def test_a_step_that_no_worker_knows_fails_clearly_and_is_kept(system):
+    few = Registry()
+    few.steps["add"] = add
+    system.start_processor()
+    system.start_worker(registry=few)
+    with pytest.raises(RunFailedError, match="known_to_no_worker"):
+        system.client.start(asks_for_the_unknown).result(30)
+    (letter,) = read(system, system.catalogue.dead_letters, 1)
+    assert "known_to_no_worker" in letter.reason

@@ -22,6 +22,7 @@ from durably.errors import (
     ConfigurationError,
     DeterminismError,
     NonDeterminismError,
+    RecordTooLarge,
     RegistrationError,
     SerializationError,
 )
@@ -184,7 +185,7 @@ class Execution:
                 result = payloads.dump(main.result(), f"the result of workflow {self.workflow_name!r}")
                 self._check_size(result, f"the result of workflow {self.workflow_name!r}")
                 return ev.RunCompleted(result=result)
-            except SerializationError as e:
+            except (SerializationError, RecordTooLarge) as e:
                 error = e
         return ev.RunFailed(error=to_error(error))
 
@@ -231,7 +232,7 @@ class Execution:
     def _check_size(self, payload: Payload, what: str) -> None:
         size, limit = len(payload.data), self._environment.max_payload_bytes
         if size > limit:
-            raise SerializationError(
+            raise RecordTooLarge(
                 f"{what}: {size:,} bytes, but a record holds {limit:,}: keep large data elsewhere and pass a reference"
             )
 

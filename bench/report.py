@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +66,29 @@ def write(figures: list[Figure], where: dict[str, str]) -> None:
         if rows:
             lines += ["", f"## {title}", "", "| what | value |", "| --- | ---: |"]
             lines += [f"| {figure.what} | {text(figure)} |" for figure in rows]
+    lines += ["", "## Ratios", "", "| what | value |", "| --- | ---: |", *ratios(figures)]
+    lines += ["", (FOLDER / "notes.md").read_text().rstrip()]
     (FOLDER / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def ratios(figures: list[Figure]) -> list[str]:
+    """What can be compared between machines: figures of one run against each other."""
+
+    def value(group: str, beginning: str) -> float:
+        return next(f.value for f in figures if f.group == group and f.what.startswith(beginning))
+
+    step, floor = value("kafka", "sequential"), value("floor", "two hops")
+    rows = [
+        ("a sequential step on Kafka, against two hops (at most 2)", step / floor),
+        ("an event late in a run of 10,000 against an early one, on Kafka (at most 1.2)", _growth("kafka", value)),
+        ("the same, embedded", _growth("embedded", value)),
+        ("a sequential step on Kafka against one embedded (at least 5)", step / value("embedded", "sequential")),
+    ]
+    return [f"| {what} | {ratio:.2f} |" for what, ratio in rows]
+
+
+def _growth(group: str, value: Callable[[str, str], float]) -> float:
+    return value(group, "per event, last") / value(group, "per event, first")
 
 
 def text(figure: Figure) -> str:

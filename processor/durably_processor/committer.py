@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from durably.broker.port import TP, Broker, Committed, Producer, Transactions
 from durably.errors import BrokerError
 from durably_schemas import Catalogue, Codec
+from durably_schemas.records import Reply, ReplyTo
 
-from durably_processor.state.store import CHECKPOINT, Store
+from durably_processor.state.store import CHECKPOINT
 from durably_processor.turn import Dispatch, Output, Part, Turn
 
 log = logging.getLogger("durably.processor")
@@ -59,7 +60,6 @@ class Committer:
         broker, catalogue, codec: where to.
         plain: the idempotent producer that early requests go out on, and replies.
         transactions: initialised; its id is ``transactional_id``.
-        stores: those of the active partitions. A partition that is no longer in it is not written any more.
 
     Attributes:
         acked: the number of the last turn that is committed and applied.
@@ -74,7 +74,6 @@ class Committer:
         plain: Producer,
         transactions: Transactions,
         transactional_id: str,
-        stores: Mapping[int, Store],
     ) -> None:
         self.acked = 0
         self.error: BaseException | None = None
@@ -85,10 +84,10 @@ class Committer:
         self._plain = plain
         self._transactions = transactions
         self._owner = OWNER + transactional_id
-        self._stores = stores
         self._gathered = _Batch()
         self._busy = False
         self._stopped = False
+        self._abandoned = False
         self._group: object = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="durably-commit", daemon=True)
@@ -136,6 +135,7 @@ class Committer:
             self._changed.notify_all()
         self._thread.join(timeout)
         if self._thread.is_alive():
+            self._abandoned = True
             log.warning("the commit thread hangs in a transactional call: abandoned")
         else:
             self._transactions.close()
@@ -183,8 +183,10 @@ class Committer:
         }
         self._transactions.commit(offsets, group, COMMIT_BOUND)
         self.commits += 1
+        if self._abandoned:
+            return  # others have gone on meanwhile, from the topics
         for number, part in batch.parts.items():
-            self._apply(number, part, checkpoints.get(number))
+            self._apply(part, checkpoints.get(number))
         for part in batch.parts.values():
             self._reply(part)
 
@@ -220,24 +222,29 @@ class Committer:
             if dispatch.error is not None:
                 raise BrokerError(f"a step-request could not be written: {dispatch.error}") from dispatch.error
 
-    def _apply(self, number: int, part: Part, checkpoint: int | None) -> None:
-        store = self._stores.get(number)
-        if store is None:
-            return  # lost meanwhile: its next owner reads the events from the topic
+    def _apply(self, part: Part, checkpoint: int | None) -> None:
+        # To the store that the turn came from, not to the partition's present one: a store that was closed meanwhile
+        # takes nothing more, and whoever owns the partition now reads the events from the topic.
         if checkpoint is not None:
             part.changes[CHECKPOINT] = checkpoint.to_bytes(8, "big")
         if part.changes:
-            store.write(part.changes)
+            part.store.write(part.changes)
 
     def _reply(self, part: Part) -> None:
         for reply_to, make in part.answers:
             try:
-                value = self._codec.encode(make())
-                self._plain.send(self._catalogue.replies, value, partition=reply_to.partition)
+                self._send_reply(reply_to, make())
             except Exception:  # an asker that is not answered asks again; one bad address must not stop the rest
                 log.exception("a reply to partition %s could not be sent", reply_to.partition)
         if part.answers:
             self._plain.poll(0)
+
+    def _send_reply(self, reply_to: ReplyTo, reply: Reply) -> None:
+        value = self._codec.encode(reply)
+        if len(value) > self._broker.max_record_bytes:
+            why = f"the answer takes {len(value):,} bytes, more than a record holds"
+            value = self._codec.encode(Reply(request_id=reply.request_id, status="REFUSED", message=why))
+        self._plain.send(self._catalogue.replies, value, partition=reply_to.partition)
 
 
 def dispatch(turn: Turn, plain: Producer) -> None:

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Literal
 
 from durably.broker.port import TP, End, Message
-from durably.errors import DurablyError
+from durably.errors import DurablyError, RecordTooLarge
 from durably_schemas import Catalogue, Codec, CodecError
 from durably_schemas import events as ev
 from durably_schemas import records as rec
@@ -36,17 +36,25 @@ TIMERS_A_TURN = 1_000
 DEADLY = 2
 """Activations of a run that never ended, after which it is blocked instead of tried again."""
 MAX_RUN_ID = 200
+MAX_KEY = 1_024
+MAX_TEXT = 16_384
+"""Characters of what goes into every summary of a run: its attributes, a reason."""
+WAITER_MS = 10 * 60 * 1000
+"""Whoever waits for a result asks again more often than this; the answer would not be kept for longer either."""
 
 Dispatch = Literal["early", "committed"]
 
 
-class PoisonedInput(Exception):
-    """Handling a record raised what nobody foresaw; the partition's memory can no longer be trusted."""
+Poison = tuple[str, int, int] | str
+"""The place of a record, or the id of a run, that could not be handled."""
 
-    def __init__(self, message: Message, run_id: str | None) -> None:
-        super().__init__(f"{message.topic}[{message.partition}]@{message.offset}")
-        self.place = (message.topic, message.partition, message.offset)
-        self.run_id = run_id
+
+class Poisoned(Exception):
+    """Handling a record or a timer raised what nobody foresaw; the partition's memory can no longer be trusted."""
+
+    def __init__(self, what: Poison) -> None:
+        super().__init__(f"run {what}" if isinstance(what, str) else f"{what[0]}[{what[1]}]@{what[2]}")
+        self.what = what
 
 
 class _Entry:
@@ -75,7 +83,7 @@ class Partition:
         now: the clock, in milliseconds.
         dispatch: whether requests may go out ahead of their transaction.
         max_runs, max_bytes: how many runs, and roughly how many bytes of their logs, stay in memory.
-        poisoned: places of records that could not be handled before.
+        poisoned: records and runs that could not be handled before.
     """
 
     def __init__(
@@ -92,7 +100,7 @@ class Partition:
         dispatch: Dispatch = "early",
         max_runs: int = 20_000,
         max_bytes: int = 512 * 1024 * 1024,
-        poisoned: frozenset[tuple[str, int, int]] = frozenset(),
+        poisoned: frozenset[Poison] = frozenset(),
     ) -> None:
         self.number = number
         self.store = store
@@ -107,10 +115,11 @@ class Partition:
         self._poisoned = poisoned
         self._runs: OrderedDict[str, _Entry] = OrderedDict()
         self._bytes = 0
+        self._blocked: list[str] = []  # still to be tried with this code
         self._finished: deque[tuple[int, str]] = deque()
         self._horizon = now() + WINDOW_MS
         self._timers = store.timers(0, self._horizon)  # ordered, and so a heap
-        self._waiting: dict[str, dict[str, ReplyTo]] = {}
+        self._waiting: dict[str, dict[str, tuple[int, ReplyTo]]] = {}
         self._committed = dict(positions)
         self._parked: list[Message] = []
         self._complete = False  # commands and signals have passed their ends: what is unknown now stays unknown
@@ -131,7 +140,7 @@ class Partition:
         return self._caught_up
 
     def handle(self, message: Message | End, turn: Turn) -> None:
-        """Takes one record in. Raises `PoisonedInput` when nothing in memory can be trusted any more."""
+        """Takes one record in. Raises `Poisoned` when nothing in memory can be trusted any more."""
         topic = message.topic
         if isinstance(message, End):
             self._positions[topic] = max(self._positions[topic], message.offset)
@@ -146,10 +155,11 @@ class Partition:
         if not self._caught_up:
             self._catch_up(turn)
         if self._caught_up:
+            self._unblock(turn)
             self._fire(turn)
         part = turn.parts.get(self.number)
         if part is not None or self._committed != self._positions:
-            part = turn.part(self.number)
+            part = turn.part(self.number, self.store)
             part.offsets = self.offsets()
         self._shrink(turn)
 
@@ -178,7 +188,7 @@ class Partition:
             self._dispatch_record(message, record, turn)
         except Exception as e:
             log.exception("%s on %s[%s]@%s", type(record).__name__, message.topic, message.partition, message.offset)
-            raise PoisonedInput(message, run_id) from e
+            raise Poisoned((message.topic, message.partition, message.offset)) from e
 
     def _check(self, message: Message, record: rec.Record) -> None:
         """Raises `CodecError` for a record that does not belong where it was found."""
@@ -188,8 +198,12 @@ class Partition:
             return
         run_id: str = record.run_id
         key = run_id.encode()
+        if not run_id or len(key) > MAX_RUN_ID or not run_id.isprintable():
+            raise CodecError(f"run_id {run_id!r:.100}: 1 to {MAX_RUN_ID} bytes, printable")
         if message.key != key:
-            raise CodecError(f"key {message.key!r} is not the run_id {run_id!r}")
+            raise CodecError(f"key {message.key!r:.100} is not the run_id {run_id!r}")
+        if isinstance(record, rec.CancelRun) and len(record.reason or "") > MAX_TEXT:
+            raise CodecError(f"a reason of {len(record.reason or ''):,} characters: {MAX_TEXT:,} at most")
         if isinstance(record, rec.StartRun):
             home = partition_for(key, self._catalogue.partitions)
             if home != self.number:
@@ -197,8 +211,9 @@ class Partition:
                     f"run {run_id!r} belongs on partition {home}, not {self.number}: "
                     "set the producer's partitioner to murmur2_random, the Java default"
                 )
-            if not run_id or len(key) > MAX_RUN_ID or not run_id.isprintable():
-                raise CodecError(f"run_id {run_id!r}: 1 to {MAX_RUN_ID} bytes, printable")
+            attributes = sum(len(k) + len(v) for k, v in record.attributes.items())
+            if attributes > MAX_TEXT:
+                raise CodecError(f"attributes of {attributes:,} characters: {MAX_TEXT:,} at most")
             if len(record.input.data) > self._environment.max_payload_bytes:
                 raise CodecError(f"input of {len(record.input.data):,} bytes: pass large data by reference")
 
@@ -214,7 +229,7 @@ class Partition:
         elif isinstance(record, rec.StartRun):
             self._start(message, record, turn)
         elif isinstance(record, rec.QueryRun):
-            self._query(record, turn)
+            self._query(record, at, turn)
         elif isinstance(record, rec.StepClaim):
             self._claim(message, record, at, turn)
         elif isinstance(record, rec.StepHeartbeat):
@@ -297,7 +312,7 @@ class Partition:
 
     # -- queries ---------------------------------------------------------------------------------------------------
 
-    def _query(self, record: rec.QueryRun, turn: Turn) -> None:
+    def _query(self, record: rec.QueryRun, at: int, turn: Turn) -> None:
         run_id, reply_to = record.run_id, record.reply_to
         entry = self._entry(run_id)
         if entry is None or record.what == "SUMMARY":
@@ -309,12 +324,19 @@ class Partition:
             if entry.run.state.terminal or entry.run.state.header.blocked:
                 self._answer(turn, reply_to, lambda r: self._result(r, run_id))
             else:
-                self._waiting.setdefault(run_id, {})[reply_to.request_id] = reply_to
+                self._wait(run_id, reply_to, at)
         else:
             self._answer(turn, reply_to, lambda r: Reply(request_id=r, run_id=run_id, status="NOT_FOUND"))
 
+    def _wait(self, run_id: str, reply_to: ReplyTo, at: int) -> None:
+        waiting = self._waiting.setdefault(run_id, {})
+        waiting.pop(reply_to.request_id, None)
+        waiting[reply_to.request_id] = (at, reply_to)
+        while next(iter(waiting.values()))[0] < at - WAITER_MS:
+            del waiting[next(iter(waiting))]
+
     def _answer(self, turn: Turn, reply_to: ReplyTo, make: Callable[[str], Reply]) -> None:
-        part = turn.part(self.number)
+        part = turn.part(self.number, self.store)
         part.answers.append((reply_to, lambda: make(reply_to.request_id)))
         part.urgent = True
 
@@ -387,17 +409,26 @@ class Partition:
         if not ordered or state.waits or state.unsettled:
             entry.tainted = turn.number
         early = self._early and entry.tainted <= turn.acked
-        outcome = act() if self._caught_up else self._act_warily(entry, act)
+        outcome = self._act(entry, act)
         self._record(entry, outcome, turn, early=early, before=before)
 
-    def _act_warily(self, entry: _Entry, act: Callable[[], Outcome]) -> Outcome:
-        # Something ended the previous owner: perhaps one of these runs, by ending the whole process.
+    def _act(self, entry: _Entry, act: Callable[[], Outcome]) -> Outcome:
         run_id = entry.run.state.header.run_id
-        events: list[Event] = []
+        if run_id in self._poisoned:
+            return self._blocked_first(entry, DurablyError(f"the processor failed on run {run_id}; see its log"), act)
+        if self._caught_up:
+            return act()
+        # Something ended the previous owner: perhaps one of these runs, by ending the whole process.
         if self.store.begin_activation(run_id) >= DEADLY:
-            events = entry.run.block(_deadly(run_id)).events
-        outcome = act()
+            outcome = self._blocked_first(entry, _deadly(run_id), act)
+        else:
+            outcome = act()
         self.store.end_activation(run_id)
+        return outcome
+
+    def _blocked_first(self, entry: _Entry, why: DurablyError, act: Callable[[], Outcome]) -> Outcome:
+        events = [] if entry.run.state.header.blocked else entry.run.block(why).events
+        outcome = act()
         outcome.events[:0] = events
         return outcome
 
@@ -408,7 +439,7 @@ class Partition:
         header = state.header
         if not outcome.events and not state.touched:
             return
-        part = turn.part(self.number)
+        part = turn.part(self.number, self.store)
         run_id = header.run_id
         key = run_id.encode()
         changes: Changes = {}
@@ -416,6 +447,8 @@ class Partition:
         encode = self._codec.encode
         for event in outcome.events:
             value = encode(event)
+            if len(value) > self._environment.max_event_bytes:
+                raise RecordTooLarge(f"{event.type} of run {run_id} takes {len(value):,} bytes")
             part.events.append((key, value))
             changes[entry.stored.event_key(event.seq)] = value
             entry.bytes += len(value)
@@ -455,7 +488,7 @@ class Partition:
             part.outputs.append(Output(self._catalogue.streams, self._codec.encode(end), key))
         if state.terminal or header.blocked:
             part.urgent = True
-            for reply_to in self._waiting.pop(run_id, {}).values():
+            for _, reply_to in self._waiting.pop(run_id, {}).values():
                 part.answers.append((reply_to, lambda to=reply_to: self._result(to.request_id, run_id)))  # type: ignore[misc]
 
     # -- time ------------------------------------------------------------------------------------------------------
@@ -482,8 +515,11 @@ class Partition:
             if isinstance(item, OpenStep) and item.status == "leased" and now < self._leases_from:
                 heapq.heappush(self._timers, Timer(self._leases_from, run_id, correlation_id))
                 continue
-            run, due = entry.run, item.due
-            self._advance(entry, lambda: run.timer(correlation_id, due), turn, ordered=False)  # noqa: B023 - called at once
+            self._fire_one(entry, correlation_id, item.due, turn)
+            item = entry.run.state.items.get(correlation_id)
+            if isinstance(item, OpenStep) and item.status == "backoff" and item.due <= now:
+                # A lease lapsed into a retry that is due at the same instant: to the store it is the same timer.
+                heapq.heappush(self._timers, Timer(item.due, run_id, correlation_id))
 
     def _catch_up(self, turn: Turn) -> None:
         behind = {topic for topic, end in self._ends.items() if self._positions[topic] < end}
@@ -495,41 +531,72 @@ class Partition:
                 self._take(message, turn)
         if self._complete and not behind:
             self._caught_up = True
-            self._unblock(turn)
+            self._blocked = self.store.blocked()
+
+    def _fire_one(self, entry: _Entry, correlation_id: str, due: int, turn: Turn) -> None:
+        run = entry.run
+        try:
+            self._advance(entry, lambda: run.timer(correlation_id, due), turn, ordered=False)
+        except Exception as e:
+            log.exception("a timer of run %s", run.state.header.run_id)
+            raise Poisoned(run.state.header.run_id) from e
 
     def _unblock(self, turn: Turn) -> None:
-        for run_id in self.store.blocked():
+        """Tries blocked runs, once each after a take-over, with the code that there is now."""
+        again: list[str] = []
+        for run_id in self._blocked:
             entry = self._entry(run_id)
-            header = entry.run.state.header if entry else None
-            if entry is None or header is None or not header.blocked:
+            if entry is None or not entry.run.state.header.blocked or run_id in self._poisoned:
                 continue
-            deadly = header.error is not None and header.error.type in _TRY_AGAIN_ONLY_WITH_OTHER_CODE
-            if deadly and header.code_version == self._environment.code_version:
+            if entry.turn > turn.acked:
+                again.append(run_id)  # it is replayed from the store, which must have all of its log
                 continue
-            self._advance(entry, entry.run.unblock, turn, ordered=False)
-            for correlation_id, item in entry.run.state.items.items():
-                heapq.heappush(self._timers, Timer(item.due, run_id, correlation_id))
+            header = entry.run.state.header
+            stubborn = header.error is not None and header.error.type in _TRY_AGAIN_ONLY_WITH_OTHER_CODE
+            if stubborn and header.blocked_under == self._environment.code_version:
+                continue
+            try:
+                self._unblock_one(entry, turn)
+            except Exception as e:
+                log.exception("run %s", run_id)
+                raise Poisoned(run_id) from e
+        self._blocked = again
+
+    def _unblock_one(self, entry: _Entry, turn: Turn) -> None:
+        run, state = entry.run, entry.run.state
+        run_id = state.header.run_id
+        before = (state.header.status, state.header.blocked)
+        deadly = self.store.begin_activation(run_id) >= DEADLY
+        outcome = run.block(_deadly(run_id)) if deadly else run.unblock()
+        self.store.end_activation(run_id)
+        entry.tainted = turn.number
+        self._record(entry, outcome, turn, early=False, before=before)
+        for correlation_id, item in state.items.items():
+            heapq.heappush(self._timers, Timer(item.due, run_id, correlation_id))
 
     # -- what cannot be handled ------------------------------------------------------------------------------------
 
     def _dead_letter(self, message: Message, reason: str, turn: Turn) -> None:
         log.error("dead letter: %s[%s]@%s: %s", message.topic, message.partition, message.offset, reason)
-        value = message.value
+        value, key = message.value, message.key
         if value is not None and len(value) > self._environment.max_payload_bytes:
             value = value[: self._environment.max_payload_bytes - RECORD_OVERHEAD]
-            reason = f"{reason} (value cut short; the whole is at the place named)"
+            reason = f"{reason} (its value is cut short; the whole is at the place named)"
+        if key is not None and len(key) > MAX_KEY:
+            key = key[:MAX_KEY]
+            reason = f"{reason} (its key of {len(message.key or b''):,} bytes is cut short)"
         letter = rec.DeadLetter(
             topic=message.topic,
             partition=message.partition,
             offset=message.offset,
-            key=message.key,
+            key=key,
             value=value,
             reason=reason,
             component="processor",
             at=message.timestamp,
         )
-        output = Output(self._catalogue.dead_letters, self._codec.encode(letter), message.key or b"")
-        turn.part(self.number).outputs.append(output)
+        output = Output(self._catalogue.dead_letters, self._codec.encode(letter), key or b"")
+        turn.part(self.number, self.store).outputs.append(output)
 
     def _quarantine(self, message: Message, run_id: str | None, turn: Turn) -> None:
         self._dead_letter(message, "handling it raised an error in the processor; its log has the traceback", turn)

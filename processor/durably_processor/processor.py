@@ -25,7 +25,7 @@ from durably_schemas import Catalogue, Codec
 from durably_processor.committer import Committer, dispatch, owner_of, released
 from durably_processor.engine.execution import Environment
 from durably_processor.engine.watchdog import Watchdog
-from durably_processor.partition import Dispatch, Partition, PoisonedInput
+from durably_processor.partition import Dispatch, Partition, Poison, Poisoned
 from durably_processor.restore import Restore
 from durably_processor.state.store import Store
 from durably_processor.turn import Turn
@@ -93,7 +93,7 @@ class Processor:
         self._stores: dict[int, Store] = {}
         self._restoring: dict[int, Restore | None] = {}  # None: not begun
         self._starts: dict[int, tuple[dict[str, int], dict[str, int]]] = {}
-        self._poisoned: frozenset[tuple[str, int, int]] = frozenset()
+        self._poisoned: frozenset[Poison] = frozenset()
         self._number = 0
         self._committer: Committer | None = None
         self._stop = threading.Event()
@@ -125,6 +125,10 @@ class Processor:
             try:
                 while not self._stop.is_set():
                     self._pass()
+            except BaseException:
+                # What was read and never handed over must not be committed on the way out.
+                self._drop_everything()
+                raise
             finally:
                 self._leave()
 
@@ -143,28 +147,26 @@ class Processor:
                 partition = self._partitions.get(message.partition)
                 if partition is not None:
                     partition.handle(message, turn)
-            if self._dispatched(turn):
-                for partition in self._partitions.values():
-                    partition.end_turn(turn)
-        except PoisonedInput as e:
-            self._poisoned |= {e.place}
-            self._distrust(f"an input could not be handled: {e}")
-            return
+            if not self._dispatched(turn):
+                return
+            for partition in self._partitions.values():
+                partition.end_turn(turn)
+            if self._dispatched(turn) and turn.parts:
+                self._number = turn.number
+                committer.add(turn, self._consumer.group_metadata())
+        except Poisoned as e:
+            self._poisoned |= {e.what}
+            self._distrust(f"{e} could not be handled")
         except ConfigurationError:
             raise
         except BrokerError as e:
             self._distrust(str(e))
             self._stop.wait(RETRY)
-            return
-        if self._dispatched(turn) and turn.parts:
-            self._number = turn.number
-            committer.add(turn, self._consumer.group_metadata())
 
     def _dispatched(self, turn: Turn) -> bool:
         """Sends what may go out early; False, and nothing sent, where we may no longer be the owner."""
         if self._pulse.stood_still:
             self._distrust("the process stood still, and may no longer be the owner")
-            turn.parts.clear()
             return False
         dispatch(turn, self._plain)
         return True
@@ -193,7 +195,6 @@ class Processor:
                 self._plain,
                 transactions,
                 self._transactional_id,
-                self._stores,
             )
             self._committer.start(self._number)
         return self._committer
@@ -202,13 +203,20 @@ class Processor:
         """Drops everything that is in memory only, and takes every partition over anew."""
         log.warning("taking over again: %s", why)
         self._pulse.reset()
+        if self._committer is not None:  # there was time for the producer to break, too
+            threading.Thread(target=self._plain.close, name="durably-close", daemon=True).start()
+            self._plain = self._broker.producer()
+        self._restoring.update(dict.fromkeys(self._drop_everything()))
+
+    def _drop_everything(self) -> list[int]:
+        """Ends the commit thread and forgets what is in memory; returns the partitions that are ours."""
         if self._committer is not None:
             self._committer.stop(2.0)
             self._committer = None
         owned = [*self._partitions, *self._restoring]
         for number in owned:
             self._close(number)
-        self._restoring.update(dict.fromkeys(owned))
+        return owned
 
     # -- taking over -----------------------------------------------------------------------------------------------
 

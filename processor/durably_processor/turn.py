@@ -8,7 +8,7 @@ from typing import NamedTuple
 from durably.broker.port import TP
 from durably_schemas.records import Reply, ReplyTo
 
-from durably_processor.state.store import Changes
+from durably_processor.state.store import Changes, Store
 
 
 class Output(NamedTuple):
@@ -47,7 +47,7 @@ class Dispatch:
 
 
 class Part:
-    """The consequences for one partition."""
+    """The consequences for one partition, and the store that they are applied to."""
 
     __slots__ = (
         "answers",
@@ -58,11 +58,13 @@ class Part:
         "events",
         "offsets",
         "outputs",
+        "store",
         "summaries",
         "urgent",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store) -> None:
+        self.store = store
         self.events: list[tuple[bytes, bytes]] = []  # (key, value)
         self.outputs: list[Output] = []
         self.early: list[Output] = []
@@ -115,9 +117,9 @@ class Turn:
         self.parts: dict[int, Part] = {}
         self.dispatch = Dispatch()
 
-    def part(self, partition: int) -> Part:
+    def part(self, partition: int, store: Store) -> Part:
         """The part of a partition."""
         part = self.parts.get(partition)
         if part is None:
-            part = self.parts[partition] = Part()
+            part = self.parts[partition] = Part(store)
         return part

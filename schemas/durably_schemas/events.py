@@ -60,6 +60,7 @@ class RunBlocked(Record, frozen=True, kw_only=True):
     error: Error
     expected: str | None = None
     found: str | None = None
+    code_version: str | None = None
 
 
 class RunUnblocked(Record, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from durably.failures import to_error
 from durably.payloads import dump, dump_arguments, load
 from durably_processor.engine import guards
 from durably_processor.engine.execution import Environment
-from durably_processor.partition import Partition, PoisonedInput
+from durably_processor.partition import Partition, Poisoned
 from durably_processor.restore import Restore
 from durably_processor.state.store import CHECKPOINT, Store
 from durably_processor.turn import Part, Turn
@@ -125,7 +125,7 @@ class Lab:
         for message in messages:
             self.partition.handle(message, turn)
         self.partition.end_turn(turn)
-        part = turn.parts.get(0, Part())
+        part = turn.parts.get(0, Part(self.store))
         self.pending = part
         return part
 
@@ -290,10 +290,10 @@ def test_what_the_processor_cannot_handle_is_dead_lettered_and_blocks_its_run_al
     other = lab.start("chain", 1, run_id="r2")
     with monkeypatch.context() as broken:
         broken.setattr("durably_processor.engine.run.Run.result", lambda *_: 1 / 0)
-        with pytest.raises(PoisonedInput) as raised:
+        with pytest.raises(Poisoned) as raised:
             lab.turn(result)
     lab.partition.drop()
-    lab.options["poisoned"] = frozenset({raised.value.place})
+    lab.options["poisoned"] = frozenset({raised.value.what})
     lab.take_over({CATALOGUE.commands: 1, CATALOGUE.results: 0, CATALOGUE.signals: 0})
     part = lab.turn(result, other)
     types = [(e.run_id, e.type) for e in (CODEC.decode_as(rec.Event, v) for _, v in part.events)]
@@ -353,3 +353,97 @@ def test_recovery_rebuilds_what_live_processing_derived(lab, tmp_path):
     assert again.step(0.1), "nothing is left to read"
     rebuilt.close()
     broker.close()
+
+
+def types(part: Part) -> list[str]:
+    return [CODEC.decode_as(rec.Event, v).type for _, v in part.events]
+
+
+def test_a_lease_that_lapses_is_retried_at_once(lab):
+    (request,) = requests(lab.settle(lab.start("chain", 1)), early=True)
+    beat = rec.StepHeartbeat(
+        run_id="r1", step_id=request.step_id, attempt=1, worker="w", started_at=T0, lease_until=T0 + 30_000
+    )
+    lab.settle(lab.put(CATALOGUE.results, beat))
+    lab.now += 30_000
+    lapsed = lab.settle()
+    again = lab.settle()
+    assert types(lapsed) + types(again) == ["step_retrying", "step_scheduled"]
+    assert [r.attempt for r in requests(lapsed, early=False) + requests(again, early=False)] == [2]
+
+
+def test_a_run_is_unblocked_only_when_its_log_is_all_committed(lab):
+    (request,) = requests(lab.settle(lab.start("chain", 2)), early=True)
+    entry = lab.partition._entry("r1")
+    turn = Turn(99, 0)
+    lab.partition._advance(entry, lambda: entry.run.block(RuntimeError("old code")), turn)
+    lab.commit(turn.parts[0])
+    lab.partition.drop()
+    result = lab.answer(request)
+    lab.take_over({CATALOGUE.commands: 1, CATALOGUE.results: 0, CATALOGUE.signals: 0})
+    recorded = lab.turn(result)
+    assert types(recorded) == ["step_started", "step_completed"]
+    lab.commit(recorded)
+    assert types(lab.settle()) == ["run_unblocked", "step_created"]
+
+
+def test_what_was_dropped_while_blocked_may_also_have_fired(lab):
+    async def hurried() -> str:
+        import asyncio
+
+        async with asyncio.timeout(60):
+            await doing(1)
+        return "in time"
+
+    lab.registry.workflows["hurried"] = WorkflowDefinition("hurried", hurried)
+    command = rec.StartRun(run_id="r1", workflow="hurried", input=dump_arguments(hurried, (), {}, ""), requested_at=0)
+    (request,) = requests(lab.settle(lab.put(CATALOGUE.commands, command)), early=True)
+    entry = lab.partition._entry("r1")
+    turn = Turn(99, 0)
+    lab.partition._advance(entry, lambda: entry.run.block(RuntimeError("old code")), turn)
+    lab.commit(turn.parts[0])
+    lab.settle(lab.answer(request))
+    lab.now += 60_000
+    lab.settle()
+    lab.partition.drop()
+    lab.take_over({CATALOGUE.commands: 1, CATALOGUE.results: 1, CATALOGUE.signals: 0})
+    lab.settle()
+    assert "run_completed" in types(lab.pending) + types(lab.settle())
+
+
+def test_no_record_is_too_long_for_the_dead_letters(lab):
+    giant = "x" * 70_000
+    ask = rec.QueryRun(run_id=giant, what="SUMMARY", reply_to=rec.ReplyTo(partition=0, request_id="q"))
+    part = lab.turn(lab.put(CATALOGUE.commands, ask), lab.put(CATALOGUE.commands, b"y" * 900_000, b"k" * 900_000))
+    assert not part.answers
+    assert [len(o.value) < 1_000_000 and len(o.key) < 2_000 for o in part.outputs] == [True, True]
+
+
+def test_a_run_that_is_deadly_stays_blocked_until_other_code_comes(lab):
+    start = lab.start("chain", 1)
+    for _ in range(2):
+        lab.store.begin_activation("r1")  # and the process ends
+    lab.take_over(lab.positions)
+    lab.commit(lab.turn(start))
+    lab.partition.drop()
+    lab.take_over({CATALOGUE.commands: 1, CATALOGUE.results: 0, CATALOGUE.signals: 0})
+    assert types(lab.settle()) + types(lab.settle()) == []
+    lab.environment.code_version = "other"
+    lab.partition.drop()
+    lab.take_over({CATALOGUE.commands: 1, CATALOGUE.results: 0, CATALOGUE.signals: 0})
+    assert (types(lab.settle()) + types(lab.settle()))[:2] == ["run_unblocked", "run_started"]
+
+
+def test_a_timer_that_cannot_be_handled_blocks_its_run_alone(lab, monkeypatch):
+    (request,) = requests(lab.settle(lab.start("napping", 1)), early=True)
+    lab.settle(lab.answer(request))
+    lab.now += 60_000
+    with monkeypatch.context() as broken:
+        broken.setattr("durably_processor.engine.run.Run.timer", lambda *_: 1 / 0)
+        with pytest.raises(Poisoned) as raised:
+            lab.turn()
+    assert raised.value.what == "r1"
+    lab.partition.drop()
+    lab.options["poisoned"] = frozenset({"r1"})
+    lab.take_over({CATALOGUE.commands: 1, CATALOGUE.results: 1, CATALOGUE.signals: 0})
+    assert "run_blocked" in types(lab.settle()) + types(lab.settle())

@@ -78,6 +78,7 @@ class Environment:
         self.registry = registry
         # The minor version counts as code: asyncio's own order of turns differs between them.
         self.code_version = f"{registry.code_version()}-py{sys.version_info.major}.{sys.version_info.minor}"
+        self.max_event_bytes = max_record_bytes
         self.max_payload_bytes = max_record_bytes - RECORD_OVERHEAD
         self.queues = queues
         self.watch = watch
@@ -160,7 +161,9 @@ class Execution:
             else:
                 future.set_exception(_exception_of(data))
         elif isinstance(data, ev.WaitCompleted):
-            self._loop.fire(int((correlation_id or "").removeprefix("wait_")))
+            timer = int((correlation_id or "").removeprefix("wait_"))
+            if self._timers.pop(timer, None) is not None:  # else the workflow dropped it while its run was blocked
+                self._loop.fire(timer)
         elif isinstance(data, ev.RunStarted):
             self.started_at_ms = event.at
             self._main = self._loop.create_task(self._body(), name=self.workflow_name)

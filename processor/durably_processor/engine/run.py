@@ -97,7 +97,7 @@ class Run:
                 raise Blocked(to_error(obstacle))
             run._execution = Execution(command.run_id, data, environment)
         except Blocked as e:
-            run._emit(e.data, at)
+            run._emit_blocked(e, at)
         if START not in run.state.items:
             run._begin(at)
         return run, run._answer()
@@ -195,10 +195,13 @@ class Run:
         return self._answer()
 
     def block(self, error: BaseException) -> Outcome:
-        """Stops a run that its processor cannot take further, for a reason that its own code did not give."""
-        if not self.state.terminal and not self.state.header.blocked:
+        """Stops a run that its processor cannot take further, for a reason that its own code did not give.
+
+        A run that is blocked already is so under this code, too, from then on.
+        """
+        if not self.state.terminal:
             self.evict()
-            self._emit(ev.RunBlocked(error=to_error(error)), self.state.header.at)
+            self._emit_blocked(Blocked(to_error(error)), self.state.header.at)
         return self._answer()
 
     def unblock(self) -> Outcome:
@@ -238,6 +241,9 @@ class Run:
         self._out.events.append(event)
         return event
 
+    def _emit_blocked(self, obstacle: Blocked, at: int) -> None:
+        self._emit(msgspec.structs.replace(obstacle.data, code_version=self._environment.code_version), at)
+
     def _begin(self, at: int) -> None:
         if self.state.header.blocked:
             return
@@ -253,7 +259,7 @@ class Run:
             commands = self._execution.deliver(event)
         except Blocked as e:
             self.evict()
-            self._emit(e.data, at)
+            self._emit_blocked(e, at)
         else:
             self._record(commands, at)
 
@@ -264,7 +270,7 @@ class Run:
         try:
             self._execution = replay(self._history(), self._environment).execution
         except Blocked as e:
-            self._emit(e.data, self.state.header.at)
+            self._emit_blocked(e, self.state.header.at)
 
     def _record(self, commands: Sequence[Command], at: int) -> None:
         for data, correlation_id in commands:

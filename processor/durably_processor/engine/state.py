@@ -77,6 +77,7 @@ class Header(msgspec.Struct):
     cancelling: bool = False
     cancel_reason: str | None = None
     blocked: bool = False
+    blocked_under: str | None = None  # the code version that could not go on
     streams: list[str] = []
 
 
@@ -197,7 +198,8 @@ class RunState:
         self.header.cancelling, self.header.cancel_reason = True, data.reason
 
     def _run_blocked(self, event: Event, data: ev.RunBlocked) -> None:
-        self.header.blocked, self.header.error = True, data.error
+        h = self.header
+        h.blocked, h.error, h.blocked_under = True, data.error, data.code_version
 
     def _run_unblocked(self, event: Event, data: ev.RunUnblocked) -> None:
         h = self.header

@@ -1,0 +1,69 @@
+"""The processor's own promises, on the embedded broker."""
+
+from __future__ import annotations
+
+import threading
+
+import harness
+import pytest
+from durably import step, workflow
+from durably_processor.partition import Partition
+
+
+@step
+async def nothing() -> int:
+    return 1
+
+
+@workflow
+async def one_step() -> int:
+    return await nothing()
+
+
+def test_what_was_read_and_not_handed_over_is_not_committed_on_the_way_out(tmp_path, namespace, monkeypatch):
+    system = harness.System(f"embedded:{tmp_path}/b", namespace, tmp_path)
+    handled = threading.Event()
+    end_turn = Partition.end_turn
+
+    def breaks(self, turn):
+        if turn.parts:
+            handled.set()
+            raise MemoryError
+        end_turn(self, turn)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Partition, "end_turn", breaks)
+        dying = system.start_processor()
+        run = system.client.start(one_step)
+        assert handled.wait(10)
+        dying._thread.join(20)
+        assert isinstance(dying.error, MemoryError)
+        system.processors.remove(dying)
+    system.start_processor()
+    system.start_worker()
+    assert run.result(20) == 1
+    system.close()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_commit_that_fails_is_made_good_by_taking_over_anew(tmp_path, namespace, monkeypatch, times):
+    from durably.broker.embedded_broker import EmbeddedTransactions
+    from durably.errors import BrokerError
+
+    system = harness.System(f"embedded:{tmp_path}/b", namespace, tmp_path)
+    commit, left = EmbeddedTransactions.commit, [times]
+
+    def fails(self, *args, **kwargs):
+        if left[0] > 0:
+            left[0] -= 1
+            raise BrokerError("as if")
+        return commit(self, *args, **kwargs)
+
+    monkeypatch.setattr(EmbeddedTransactions, "commit", fails)
+    system.start_processor()
+    system.start_worker()
+    runs = [system.client.start(one_step) for _ in range(10)]
+    assert [run.result(30) for run in runs] == [1] * 10
+    assert left == [0]
+    assert [e.seq for e in runs[0].events()] == list(range(1, 7))
+    system.close()

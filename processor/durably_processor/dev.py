@@ -68,7 +68,8 @@ class Dev:
             self._processor.run()
         except BaseException as e:  # told to whoever waits in start, or by alive
             self._failed = e
-            log.exception("the processor has ended")
+            if self._ready.is_set():
+                log.exception("the processor has ended")
             self._ready.set()
 
 

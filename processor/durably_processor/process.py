@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from durably.authoring import load_module, registry
 from durably.broker import connect
+from durably.errors import ConfigurationError
 from durably_schemas import Catalogue
 
 from durably_processor.engine import guards
@@ -32,7 +33,7 @@ def prepare(modules: Sequence[str]) -> None:
     both, so the interpreter is started again with PYTHONHASHSEED=0 and TZ=UTC where they are not. Guards are installed before user modules bind the functions they replace.
 
     Raises:
-        ConfigurationError: a module cannot be imported.
+        ConfigurationError: a module cannot be imported, or none has a workflow.
     """
     wanted = {"PYTHONHASHSEED": "0", "TZ": "UTC"}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
@@ -42,6 +43,10 @@ def prepare(modules: Sequence[str]) -> None:
     guards.install()
     for module in modules:
         load_module(module)
+    if not registry.workflows:
+        raise ConfigurationError(
+            f"{', '.join(modules)}: no function is marked @workflow; name the modules that have some"
+        )
 
 
 def make_processor(

@@ -30,11 +30,12 @@ class Restore:
         self._codec = codec
         self._tp = TP(catalogue.events, number)
         self._target = broker.end_offsets([self._tp])[self._tp]
-        self._position = max(store.checkpoint, broker.start_offsets([self._tp])[self._tp])
-        if store.checkpoint > self._target:
-            log.warning("partition %s: the store is ahead of the topic: it is rebuilt", number)
+        topic = broker.identity(catalogue.events)
+        if store.checkpoint > self._target or not store.belongs_to(topic):
+            log.warning("partition %s: the store is not of this topic, which was made anew: it is rebuilt", number)
             store.clear()
-            self._position = 0
+            store.belongs_to(topic)
+        self._position = max(store.checkpoint, broker.start_offsets([self._tp])[self._tp])
         self._begun = time.monotonic()
         self._count = 0
         self._states: dict[str, tuple[RunState, Stored]] = {}

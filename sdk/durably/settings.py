@@ -32,7 +32,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         partitions: of every topic, when topics are created; 12 on Kafka, 4 on the embedded broker.
         kafka: properties for librdkafka, such as ``sasl.mechanism``.
         dispatch: ``"committed"`` holds every step-request back until its cause is committed.
-        data_dir: where a processor keeps its RocksDB.
+        data_dir: where a processor keeps its RocksDB; ``.durably``, or a folder on the embedded broker's path.
         group_instance_id: makes a processor a static member of its group (KIP-345).
     """
 
@@ -78,9 +78,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             partitions=source.partitions(partitions, EMBEDDED_PARTITIONS if embedded else PARTITIONS),
             kafka={**source.kafka(), **(kafka or {})},
             dispatch=source.dispatch(dispatch),
-            data_dir=Path(source.text("data_dir", data_dir) or ".durably"),
+            data_dir=Path(source.text("data_dir", data_dir) or _home(where)),
             group_instance_id=source.text("group_instance_id", group_instance_id),
         )
+
+
+def _home(url: str) -> Path:
+    """Where a processor's RocksDB lies by default: on the embedded broker's own path, which no two processors share."""
+    return Path(url.removeprefix(EMBEDDED)) / "processor" if url.startswith(EMBEDDED) else Path(".durably")
 
 
 class _Source:

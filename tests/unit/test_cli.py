@@ -49,7 +49,7 @@ def processor(broker: ScriptedBroker) -> ScriptedProcessor:
 @pytest.fixture
 def durably_(broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Invokes a command; the broker is the scripted one."""
-    monkeypatch.setattr(durably.broker, "connect", lambda url, kafka: broker)
+    monkeypatch.setattr(durably.broker, "connect", lambda url, kafka, own: broker)
     monkeypatch.setattr(connection, "_TICK", 0.01)
     for name in [name for name in os.environ if name.startswith("DURABLY_")]:
         monkeypatch.delenv(name)

@@ -7,6 +7,7 @@
     b | run               the run is blocked
     a | run               activations that were begun and have not ended (see `Store.begin_activation`)
     c                     the checkpoint: the next offset of ``events``
+    i                     the identity of that topic
 
 RocksDB is a cache of the topic. It is written only after Kafka's transaction has been committed, in one batch with
 the checkpoint; whatever is lost of it is read again from the topic.
@@ -29,6 +30,7 @@ Changes = dict[bytes, bytes | None]
 """Keys to put, or with None to delete."""
 
 CHECKPOINT = b"c"
+_TOPIC = b"i"
 _encode = msgspec.msgpack.Encoder().encode
 _header = msgspec.msgpack.Decoder(Header).decode
 _item: msgspec.msgpack.Decoder[OpenItem] = msgspec.msgpack.Decoder(OpenItem)
@@ -160,6 +162,12 @@ class Store:
         with self._lock:
             self._closed = True
             self._db.close()
+
+    def belongs_to(self, topic: str) -> bool:
+        """Whether what it holds came from the topic with this identity; a new store belongs to whoever asks first."""
+        if self._db.get(CHECKPOINT) is None:
+            self._db.put(_TOPIC, topic.encode())
+        return bool(self._db.get(_TOPIC) == topic.encode())
 
     def clear(self) -> None:
         """Forgets everything: it will be read from the topic again."""

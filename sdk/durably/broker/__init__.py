@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 __all__ = ["connect"]
 
 
-def connect(url: str, kafka: Mapping[str, str] = MappingProxyType({})) -> Broker:
-    """Opens a connection to a broker. Nothing is asked of it yet.
+def connect(url: str, kafka: Mapping[str, str] = MappingProxyType({}), *, own: bool = True) -> Broker:
+    """Opens a connection to a broker. Nothing is asked of Kafka yet.
 
     Args:
         url: ``kafka://host:port``, with further brokers after commas, or ``embedded:PATH``.
         kafka: properties of librdkafka, such as ``{"security.protocol": "SASL_SSL"}``; of no use to an embedded broker.
+        own: whether to open an embedded path that no process has open. Clients do not: they would stand in the way of
+            the processor, which must own it.
 
     Raises:
         ConfigurationError: of another form, or a property that is not to be set.
+        BrokerUnreachable: no process has the embedded path open, and it is not to be owned.
     """
     # Either adapter brings a native library along, and a process needs one of them only.
     scheme, _, rest = url.partition(":")
@@ -34,7 +37,7 @@ def connect(url: str, kafka: Mapping[str, str] = MappingProxyType({})) -> Broker
     if scheme == "embedded" and rest:
         from durably.broker.embedded import open_embedded
 
-        return open_embedded(rest)
+        return open_embedded(rest, own=own)
     raise ConfigurationError(
         f"{url!r} names no broker: use kafka://host:port, kafka://host:port,host:port, or embedded:PATH"
     )

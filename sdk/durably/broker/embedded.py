@@ -7,7 +7,7 @@ Where it is simpler than Kafka:
 * A transaction lies in memory until it commits, as one RocksDB batch with its offsets. So an open or aborted one leaves
   no trace in the log, readers of uncommitted records see the same as others, and no commit has an unknown outcome.
 * Retention and compaction happen when the path is opened.
-* The first process that opens a path owns it. Others reach it through a Unix socket in its folder, as clients: the
+* The processor's process opens a path and owns it. Others reach it through a Unix socket in its folder, as clients: the
   members of groups, and transactions, live in the owner.
 """
 
@@ -36,20 +36,30 @@ _lock = threading.Lock()
 _owned: dict[tuple[int, Path], _Owned] = {}
 
 
-def open_embedded(path: str | Path) -> Broker:
+def open_embedded(path: str | Path, *, own: bool = True) -> Broker:
     """A broker over this path, which is created when it is missing.
 
     In one process all brokers of a path share one log; it is closed when they, and all that was made from them, are.
 
+    Args:
+        path: the folder.
+        own: whether to become the owner where there is none; else one that starts just now is waited for.
+
     Raises:
         PathLocked: another process has the path open and does not answer.
+        BrokerUnreachable: nobody has it open, and we are not to.
         ConfigurationError: the path cannot be opened.
     """
     folder = Path(path).expanduser().resolve()
     deadline = time.monotonic() + OPEN_SECONDS
     while True:
         try:
-            return _own(folder)
+            return _own(folder) if own or (os.getpid(), folder) in _owned else RemoteBroker(folder)
+        except BrokerUnreachable:
+            if time.monotonic() >= deadline:
+                raise BrokerUnreachable(
+                    f"nothing runs on embedded:{path}: start it with `durably dev MODULE --path {path}`"
+                ) from None
         except PathLocked as locked:
             try:
                 return RemoteBroker(folder)

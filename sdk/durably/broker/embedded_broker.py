@@ -13,6 +13,7 @@ from durably_schemas.catalogue import murmur2
 
 from durably.broker.embedded_cursor import Reading
 from durably.broker.embedded_group import Member, Membership
+from durably.broker.embedded_log import identity_of
 from durably.broker.port import TP, Committed
 from durably.errors import BrokerError, Fenced, RecordTooLarge
 
@@ -434,6 +435,10 @@ class EmbeddedBroker:
     def partitions(self, topic: str, timeout: float = 10) -> int:  # noqa: ARG002
         """As `Broker.partitions`."""
         return len(self._log.partitions.get(topic, ()))
+
+    def identity(self, topic: str, timeout: float = 10) -> str:  # noqa: ARG002
+        """As `Broker.identity`."""
+        return identity_of(self._log.path, topic)
 
     def group_metadata_of(self, group: str, tps: Iterable[TP], timeout: float = 30) -> dict[TP, str]:  # noqa: ARG002
         """As `Broker.group_metadata_of`."""

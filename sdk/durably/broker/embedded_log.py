@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import uuid
 from time import time_ns
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,6 +46,9 @@ _new = tuple.__new__  # half the time of Message(), in the hottest place
 _batch = msgspec.msgpack.Decoder(list[Message])
 
 
+IDENTITY = "identity"  # a file on the path
+
+
 class PathLocked(ConfigurationError):
     """Another process has this path open."""
 
@@ -54,6 +58,11 @@ class Clean(NamedTuple):
 
     end: int
     records: int
+
+
+def identity_of(folder: Path, topic: str) -> str:
+    """Of a topic on this path: the path's own, given to it when it was first opened."""
+    return f"{(folder / IDENTITY).read_text()}/{topic}"
 
 
 def _name(text: str) -> bytes:
@@ -151,6 +160,8 @@ class Log:
         self.holders = 0
         self.on_idle: Callable[[], None] = self.close
         self._load()
+        if not (path / IDENTITY).exists():
+            (path / IDENTITY).write_text(uuid.uuid4().hex)
 
     def _open(self) -> Rdict:
         options = Options(raw_mode=True)

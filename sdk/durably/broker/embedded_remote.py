@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import durably.errors
 from durably.broker.embedded_broker import MAX_RECORD_BYTES, check_size
 from durably.broker.embedded_channel import Channel, connect
+from durably.broker.embedded_log import identity_of
 from durably.broker.port import TP, End, Message, TopicState
 from durably.errors import BrokerError, BrokerUnreachable, ConfigurationError, UnknownTopic
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
     from durably.broker.port import Consumer, Headers, Listener, OnAck, Transactions
 
-IN_FLIGHT = 1_000  # records that may be unacknowledged before a send waits
+# Records that may be unacknowledged before a send waits. Few enough that their answers always fit into the socket's
+# buffer: otherwise the owner could wait for us to read answers, while we wait for it to read records.
+IN_FLIGHT = 128
 POLL_SECONDS = 1.0  # the longest single wait that is asked of the owner, so that it notices soon when we are gone
 
 
@@ -168,14 +171,18 @@ class RemoteBroker:
         self._line = _Line(folder)
         self._known: dict[str, int] = {}
 
+    def identity(self, topic: str, timeout: float = 10) -> str:  # noqa: ARG002
+        """As `Broker.identity`."""
+        return identity_of(self._folder, topic)
+
     def _ask(self, *question: object) -> Any:
         with self._lock:
             return self._line.ask(*question)
 
     def _refuse(self, what: str) -> NoReturn:
         raise ConfigurationError(
-            f"{self.url} is open in another process, and {what} must run in the process that owns the path: "
-            "run it there (durably dev), or use kafka://"
+            f"{self.url} is open in another process, such as a `durably dev` that runs already, and {what} must run in "
+            "the process that owns the path: end that one first, or use another path or kafka://"
         )
 
     def producer(self) -> RemoteProducer:

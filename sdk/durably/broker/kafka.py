@@ -607,6 +607,12 @@ class KafkaBroker:
         count = self._counts.get(topic)
         return self._count([topic], timeout).get(topic, 0) if count is None else count
 
+    def identity(self, topic: str, timeout: float = 10) -> str:
+        """See `Broker.identity`: Kafka's topic id (KIP-516)."""
+        future = self._admin.describe_topics(TopicCollection([topic]), request_timeout=min(timeout, UNREACHABLE_AFTER))
+        uuid = self._done(future[topic], f"asking about topic {topic}").topic_id
+        return f"{uuid.get_most_significant_bits():x}:{uuid.get_least_significant_bits():x}"
+
     def group_metadata_of(self, group: str, tps: Iterable[TP], timeout: float = 30) -> dict[TP, str]:
         """See `Broker.group_metadata_of`."""
         asked = [ConsumerGroupTopicPartitions(group, _kafka(tps))]

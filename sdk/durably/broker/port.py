@@ -224,6 +224,9 @@ class Broker(Protocol):
     def partitions(self, topic: str, timeout: float = 10) -> int:
         """How many partitions the topic has; 0 where it does not exist. Asked once, then remembered."""
 
+    def identity(self, topic: str, timeout: float = 10) -> str:
+        """What tells this topic from every other of the same name: made anew, or in another cluster."""
+
     def group_metadata_of(self, group: str, tps: Iterable[TP], timeout: float = 30) -> dict[TP, str]:
         """The text stored with a group's offsets, as of the last transaction that ended: open ones are not waited for."""
 

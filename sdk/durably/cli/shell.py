@@ -62,7 +62,7 @@ class Shell:
         from durably import broker
 
         settings = self.settings()
-        connected = broker.connect(settings.url, settings.kafka)
+        connected = broker.connect(settings.url, settings.kafka, own=False)
         try:
             yield connected, settings
         finally:

@@ -35,7 +35,9 @@ def _connection(
 ) -> Connection:
     if url is None or isinstance(url, str):
         settings = Settings.from_environment(url=url, namespace=namespace, kafka=kafka)
-        return Connection(connect(settings.url, settings.kafka), settings.catalogue, timeout=timeout, owned=True)
+        return Connection(
+            connect(settings.url, settings.kafka, own=False), settings.catalogue, timeout=timeout, owned=True
+        )
     return Connection(url, Catalogue(namespace or "durably"), timeout=timeout)
 
 

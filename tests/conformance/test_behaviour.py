@@ -284,6 +284,8 @@ def test_what_is_unknown_is_said_so(running):
         client.get_run("nobody").status()
     with pytest.raises(RunNotFoundError):
         client.get_run("nobody").result(10)
+    with pytest.raises(RunNotFoundError):
+        client.get_run("nobody").cancel()
     with pytest.raises(RunBlockedError, match="unknown workflow 'nowhere'"):
         client.start("nowhere", 1).result(30)
     with pytest.raises(RunFailedError, match="sequential"):

@@ -447,3 +447,27 @@ def test_a_timer_that_cannot_be_handled_blocks_its_run_alone(lab, monkeypatch):
     lab.options["poisoned"] = frozenset({"r1"})
     lab.take_over({CATALOGUE.commands: 1, CATALOGUE.results: 1, CATALOGUE.signals: 0})
     assert "run_blocked" in types(lab.settle()) + types(lab.settle())
+
+
+def test_a_store_of_another_topic_is_rebuilt(lab, tmp_path):
+    lab.settle(lab.start("chain", 1))
+    brokers = []
+    for name in ("one", "other"):
+        broker = connect(f"embedded:{tmp_path}/{name}")
+        broker.create(CATALOGUE.topics())
+        producer = broker.producer()
+        for key, value in lab.events * (1 if name == "one" else 0) + [lab.events[0]] * (3 if name == "other" else 0):
+            producer.send(CATALOGUE.events, value, key=key, partition=0)
+        assert producer.flush(10) == 0
+        producer.close()
+        brokers.append(broker)
+    store = Store(tmp_path / "shared")
+    for broker, events in zip(brokers, (3, 1), strict=True):
+        restore = Restore(0, store, broker, CATALOGUE, CODEC)
+        while not restore.step(1):
+            pass
+        state = store.state("r1")
+        assert state is not None
+        assert state.header.seq == events
+        broker.close()
+    store.close()

@@ -53,6 +53,8 @@ def start(
         if not wait:
             shell.show({"run_id": run.id}, lambda: run.id)
             return
+        if not shell.json:
+            shell.say(f"run {run.id} is started")  # to be watched, or cancelled, while this waits
         result = run.result(timeout)
         if shell.json:
             shell.line({"run_id": run.id, "status": "completed", "result": result})

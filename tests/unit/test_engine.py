@@ -600,3 +600,14 @@ def test_live_evicted_and_replayed_executions_give_identical_logs(shape, choices
                 replay(iter(live.log[:end]), live.environment)
     live.run.evict()
     evicted.run.evict()
+
+
+def test_workflow_code_cannot_interrupt_its_processor():
+    async def interrupts():
+        raise KeyboardInterrupt
+
+    async def leaves():
+        raise SystemExit
+
+    assert Bench(interrupts).run.state.header.blocked
+    assert Bench(leaves).status == "failed"

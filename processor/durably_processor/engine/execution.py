@@ -131,7 +131,7 @@ class Execution:
             with self._environment.watch(self.run_id):
                 self._take(event)
                 loop.run_ready()
-        except ActivationTimeout as e:
+        except (ActivationTimeout, KeyboardInterrupt) as e:  # the latter raised by workflow code: no signal comes here
             raise Blocked(to_error(e)) from e
         if self._obstacle is not None:
             raise Blocked(to_error(self._obstacle)) from self._obstacle

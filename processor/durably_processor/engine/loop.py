@@ -225,7 +225,7 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
                 continue
             try:
                 handle._context.run(handle._callback, *handle._args)  # type: ignore[attr-defined]
-            except (Exception, SystemExit, KeyboardInterrupt) as error:
+            except (Exception, SystemExit) as error:
                 # A workflow's sys.exit() ends that workflow, not the processor; its task has recorded it.
                 self.call_exception_handler(
                     {"message": f"Exception in callback {handle!r}", "exception": error, "handle": handle}

@@ -126,7 +126,11 @@ class KafkaProperties:
     def producer(self) -> Properties:
         """Of a plain producer."""
         without = _CONSUMER_ONLY | {"transactional.id", "transaction.timeout.ms"}
-        return self._made(without, _OURS_PRODUCER, _PRODUCER, {"logger": log})
+        # One request at a time: a leader that has just been elected takes any sequence number from a producer it does
+        # not know, so the second of two batches in flight may come first, and the retry of the first then counts as a
+        # duplicate. It also makes batches larger where there is much to send; what is sent alone waits for nobody.
+        own = {"max.in.flight.requests.per.connection": "1", "logger": log}
+        return self._made(without, _OURS_PRODUCER, _PRODUCER, own)
 
     def transactions(self, transactional_id: str, timeout: float) -> Properties:
         """Of a transactional producer; ``timeout`` is the transaction's, in seconds."""

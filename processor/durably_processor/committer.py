@@ -22,8 +22,10 @@ log = logging.getLogger("durably.processor")
 
 COMMIT_BOUND = 10.0
 """Seconds after which a commit that has not come back is given up; below the transaction timeout."""
-LINGER = 0.02
-"""Seconds that offsets and events may wait for company when nobody waits for their commit."""
+LINGER = 0.1
+"""Seconds that events and offsets may wait for company when nobody waits for their commit: no request, reply or end of a
+run is among them. What a crash takes of it is made anew from the results, which are durable already; and a transaction
+costs the broker as much as several steps."""
 OWNER = "owner:"
 """What stands before the transactional id in the metadata of an owner's offsets."""
 BACKLOG = 50_000

@@ -392,7 +392,7 @@ def test_a_blocked_run_goes_on_under_code_that_fits(system):
     @workflow(name="evolving")
     async def before() -> int:
         await add(1, 1)
-        await sleep(0.5)
+        await sleep(4)  # longer than it takes to stop the processor
         return await add(2, 2)
 
     from durably.authoring import WorkflowDefinition

@@ -241,7 +241,9 @@ class Committer:
         if part.answers:
             self._plain.poll(0)
 
-    def _send_reply(self, reply_to: ReplyTo, reply: Reply) -> None:
+    def _send_reply(self, reply_to: ReplyTo, reply: Reply | None) -> None:
+        if reply is None:
+            return
         value = self._codec.encode(reply)
         if len(value) > self._broker.max_record_bytes:
             why = f"the answer takes {len(value):,} bytes, more than a record holds"

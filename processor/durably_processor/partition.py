@@ -335,7 +335,7 @@ class Partition:
         while next(iter(waiting.values()))[0] < at - WAITER_MS:
             del waiting[next(iter(waiting))]
 
-    def _answer(self, turn: Turn, reply_to: ReplyTo, make: Callable[[str], Reply]) -> None:
+    def _answer(self, turn: Turn, reply_to: ReplyTo, make: Callable[[str], Reply | None]) -> None:
         part = turn.part(self.number, self.store)
         part.answers.append((reply_to, lambda: make(reply_to.request_id)))
         part.urgent = True
@@ -355,9 +355,11 @@ class Partition:
         state = self.store.state(run_id)
         return state.summary() if state else None
 
-    def _result(self, request_id: str, run_id: str) -> Reply:
+    def _result(self, request_id: str, run_id: str) -> Reply | None:
         state = self.store.state(run_id)
         assert state is not None, run_id
+        if not state.terminal and not state.header.blocked:
+            return None  # it was blocked when it was asked about, and has gone on meanwhile: the asker asks again
         last = self._codec.decode_as(Event, self.store.event(run_id, state.header.seq)) if state.terminal else None
         result = last.data.result if last and isinstance(last.data, ev.RunCompleted) else None
         message = state.header.cancel_reason if state.header.status == "cancelled" else None

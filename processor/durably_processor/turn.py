@@ -20,8 +20,8 @@ class Output(NamedTuple):
     partition: int | None = None
 
 
-Answer = tuple[ReplyTo, Callable[[], Reply]]
-"""To whom, and how to make the reply once everything that it speaks of is committed and applied."""
+Answer = tuple[ReplyTo, Callable[[], Reply | None]]
+"""To whom, and how to make the reply once everything that it speaks of is committed and applied; None: say nothing."""
 
 
 class Dispatch:

@@ -471,3 +471,20 @@ def test_a_store_of_another_topic_is_rebuilt(lab, tmp_path):
         assert state.header.seq == events
         broker.close()
     store.close()
+
+
+def test_who_asks_about_a_blocked_run_that_goes_on_is_not_told_that_it_has_ended(lab):
+    lab.settle(lab.start("chain", 2))
+    entry = lab.partition._entry("r1")
+    turn = Turn(99, 0)
+    lab.partition._advance(entry, lambda: entry.run.block(RuntimeError("old code")), turn)
+    lab.commit(turn.parts[0])
+    lab.partition.drop()
+    ask = lab.put(
+        CATALOGUE.commands,
+        rec.QueryRun(run_id="r1", what="RESULT", reply_to=rec.ReplyTo(partition=0, request_id="q")),
+    )
+    lab.take_over({CATALOGUE.commands: 1, CATALOGUE.results: 0, CATALOGUE.signals: 0})
+    part = lab.settle(ask)
+    assert "run_unblocked" in types(part)
+    assert [make() for _, make in part.answers] == [None]

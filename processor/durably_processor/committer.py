@@ -79,7 +79,6 @@ class Committer:
     ) -> None:
         self.acked = 0
         self.error: BaseException | None = None
-        self.commits = 0
         self._broker = broker
         self._catalogue = catalogue
         self._codec = codec
@@ -184,7 +183,6 @@ class Committer:
             tp: Committed(offset, self._owner) for part in batch.parts.values() for tp, offset in part.offsets.items()
         }
         self._transactions.commit(offsets, group, COMMIT_BOUND)
-        self.commits += 1
         if self._abandoned:
             return  # others have gone on meanwhile, from the topics
         for number, part in batch.parts.items():

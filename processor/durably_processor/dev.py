@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from durably.authoring import registry
 from durably.broker import connect
 from durably.worker import Worker
-from durably_schemas import Catalogue
 
 from durably_processor.process import make_processor, prepare
 
@@ -33,12 +32,12 @@ class Dev:
     """
 
     def __init__(self, settings: Settings, broker: Broker, queues: Sequence[str], concurrency: int) -> None:
-        catalogue = Catalogue(settings.namespace, settings.partitions)
+        catalogue = settings.catalogue
         names = tuple(sorted({*queues, *(step.queue for step in registry.steps.values())}))
         broker.create(catalogue.topics(names))
         self._ready = threading.Event()
         self._failed: BaseException | None = None
-        self._processor = make_processor(settings, broker, catalogue, self._ready.set)
+        self._processor = make_processor(settings, broker, self._ready.set)
         self._worker = Worker(broker, catalogue, registry, queues=names, concurrency=concurrency)
         self._thread = threading.Thread(target=self._run, name="durably-advance")
 

@@ -6,6 +6,7 @@ import heapq
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from typing import Literal
@@ -270,11 +271,8 @@ class Partition:
         history = self._history(record.run_id)
         if self._caught_up:
             return Run.start(record, at, self._environment, history, traceparent)
-        deadly = self.store.begin_activation(record.run_id) >= DEADLY
-        obstacle = _deadly(record.run_id) if deadly else None
-        started = Run.start(record, at, self._environment, history, traceparent, obstacle)
-        self.store.end_activation(record.run_id)
-        return started
+        with self._counted(record.run_id) as obstacle:
+            return Run.start(record, at, self._environment, history, traceparent, obstacle)
 
     def _cancel(self, record: rec.CancelRun, at: int, turn: Turn) -> None:
         entry = self._entry(record.run_id)
@@ -393,9 +391,9 @@ class Partition:
         entry = self._runs[run_id] = _Entry(Run(state, self._environment, self._history(run_id)), Stored(run_id, state))
         return entry
 
-    def _history(self, run_id: str) -> Callable[[], Iterator[Event]]:
-        def read() -> Iterator[Event]:
-            for value in self.store.events(run_id):
+    def _history(self, run_id: str) -> Callable[[int], Iterator[Event]]:
+        def read(from_seq: int) -> Iterator[Event]:
+            for value in self.store.events(run_id, from_seq):
                 yield self._codec.decode_as(Event, value)
 
         return read
@@ -421,12 +419,16 @@ class Partition:
         if self._caught_up:
             return act()
         # Something ended the previous owner: perhaps one of these runs, by ending the whole process.
-        if self.store.begin_activation(run_id) >= DEADLY:
-            outcome = self._blocked_first(entry, _deadly(run_id), act)
-        else:
-            outcome = act()
+        with self._counted(run_id) as obstacle:
+            return act() if obstacle is None else self._blocked_first(entry, obstacle, act)
+
+    @contextmanager
+    def _counted(self, run_id: str) -> Iterator[DurablyError | None]:
+        """Around an activation that may end the process; an error where it has done so too often to be tried again."""
+        deaths = self.store.begin_activation(run_id)
+        why = f"activations of run {run_id} ended their processor {DEADLY} times"
+        yield DurablyError(why) if deaths >= DEADLY else None
         self.store.end_activation(run_id)
-        return outcome
 
     def _blocked_first(self, entry: _Entry, why: DurablyError, act: Callable[[], Outcome]) -> Outcome:
         events = [] if entry.run.state.header.blocked else entry.run.block(why).events
@@ -568,9 +570,8 @@ class Partition:
         run, state = entry.run, entry.run.state
         run_id = state.header.run_id
         before = (state.header.status, state.header.blocked)
-        deadly = self.store.begin_activation(run_id) >= DEADLY
-        outcome = run.block(_deadly(run_id)) if deadly else run.unblock()
-        self.store.end_activation(run_id)
+        with self._counted(run_id) as obstacle:
+            outcome = run.unblock() if obstacle is None else run.block(obstacle)
         entry.tainted = turn.number
         self._record(entry, outcome, turn, early=False, before=before)
         for correlation_id, item in state.items.items():
@@ -632,10 +633,6 @@ class Partition:
         for entry in self._runs.values():
             entry.run.evict()
         self._runs.clear()
-
-
-def _deadly(run_id: str) -> DurablyError:
-    return DurablyError(f"activations of run {run_id} ended their processor {DEADLY} times")
 
 
 _TRY_AGAIN_ONLY_WITH_OTHER_CODE = frozenset(

@@ -7,13 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from durably.authoring import load_module, registry
 from durably.broker import connect
 from durably.errors import ConfigurationError
-from durably_schemas import Catalogue
 
 from durably_processor.engine import guards
 from durably_processor.processor import Processor
@@ -49,15 +47,13 @@ def prepare(modules: Sequence[str]) -> None:
         )
 
 
-def make_processor(
-    settings: Settings, broker: Broker, catalogue: Catalogue, ready: Callable[[], None] | None = None
-) -> Processor:
+def make_processor(settings: Settings, broker: Broker, ready: Callable[[], None] | None = None) -> Processor:
     """A processor of the registered workflows."""
     return Processor(
         broker,
-        catalogue,
+        settings.catalogue,
         registry,
-        Path(settings.data_dir) / catalogue.namespace,
+        settings.data_dir / settings.namespace,
         dispatch=settings.dispatch,
         instance_id=settings.group_instance_id,
         ready=ready,
@@ -70,7 +66,7 @@ def run_processor(settings: Settings, modules: Sequence[str], ready: Callable[[]
     logging.getLogger("durably").setLevel(logging.INFO)
     broker = connect(settings.url, settings.kafka)
     try:
-        processor = make_processor(settings, broker, Catalogue(settings.namespace, settings.partitions), ready)
+        processor = make_processor(settings, broker, ready)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: processor.stop())
         processor.run()

@@ -50,7 +50,7 @@ class Processor:
         registry: the workflows, and the steps they call.
         data_dir: its RocksDBs; no two processors may share it.
         group: the consumer group of all processors of an installation.
-        dispatch: see DESIGN in docs/architecture.md, "What may go out early".
+        dispatch: see docs/architecture.md, "What may go out early".
         instance_id: makes group membership static.
         max_runs: how many live runs a partition keeps in memory.
         activation_limit: seconds after which workflow code that does not yield is interrupted.

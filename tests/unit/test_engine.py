@@ -54,7 +54,7 @@ class Bench:
         self.open: list[rec.StepRequest] = []
         self.now = T0
         start = rec.StartRun(run_id=run_id, workflow="wf", input=dump_arguments(fn, args, {}, "wf"), requested_at=T0)
-        self.run, outcome = Run.start(start, T0, self.environment, lambda: iter(self.log))
+        self.run, outcome = Run.start(start, T0, self.environment, lambda seq: iter(self.log[seq - 1 :]))
         self.take(outcome)
 
     def take(self, outcome) -> None:
@@ -286,7 +286,7 @@ def test_a_delayed_start_runs_no_code_before_its_time():
         run_id="wrun_d", workflow="wf", input=dump_arguments(wf, (), {}, "wf"), requested_at=T0, start_at=T0 + 5000
     )
     bench.log.clear()
-    bench.run, outcome = Run.start(start, T0, bench.environment, lambda: iter(bench.log))
+    bench.run, outcome = Run.start(start, T0, bench.environment, lambda seq: iter(bench.log[seq - 1 :]))
     bench.take(outcome)
     assert bench.types() == ["run_created"]
     bench.next_timer()
@@ -302,7 +302,7 @@ def test_arguments_that_do_not_fit_fail_the_run_with_a_clear_error():
     start = rec.StartRun(
         run_id="r", workflow="wf", input=rec.Payload(content_type="application/json", data=b'["x", 2]'), requested_at=T0
     )
-    run, outcome = Run.start(start, T0, bench.environment, lambda: iter(()))
+    run, outcome = Run.start(start, T0, bench.environment, lambda _: iter(()))
     assert run.state.header.status == "failed"
     assert "wf" in outcome.events[-1].data.error.message
 
@@ -346,7 +346,7 @@ def test_an_unknown_workflow_blocks_the_run_until_it_is_known():
     environment = Environment(registry, 10**6, {"default"}, lambda _: nullcontext())
     log: list[rec.Event] = []
     start = rec.StartRun(run_id="r", workflow="later", input=bench.log[0].data.input, requested_at=T0)
-    run, outcome = Run.start(start, T0, environment, lambda: iter(log))
+    run, outcome = Run.start(start, T0, environment, lambda seq: iter(log[seq - 1 :]))
     log += outcome.events
     assert [e.type for e in log] == ["run_created", "run_blocked"]
     assert "later" in log[-1].data.error.message

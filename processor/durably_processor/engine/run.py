@@ -44,22 +44,17 @@ class Run:
     Args:
         state: derived from all events that the log has.
         environment: see `Environment`.
-        history: the run's log, from the first event on; asked for only while every event is in it.
+        history: the run's log from a seq on; asked for only while every event is in it.
     """
 
     __slots__ = ("_environment", "_execution", "_history", "_out", "state")
 
-    def __init__(self, state: RunState, environment: Environment, history: Callable[[], Iterable[Event]]) -> None:
+    def __init__(self, state: RunState, environment: Environment, history: Callable[[int], Iterable[Event]]) -> None:
         self.state = state
         self._environment = environment
         self._history = history
         self._execution: Execution | None = None
         self._out = Outcome()
-
-    @property
-    def live(self) -> bool:
-        """Its coroutine is in memory."""
-        return self._execution is not None
 
     def evict(self) -> None:
         """Drops the coroutine; the next delivery brings it back by replay."""
@@ -75,7 +70,7 @@ class Run:
         command: rec.StartRun,
         at: int,
         environment: Environment,
-        history: Callable[[], Iterable[Event]],
+        history: Callable[[int], Iterable[Event]],
         traceparent: str | None = None,
         obstacle: BaseException | None = None,
     ) -> tuple[Run, Outcome]:
@@ -208,7 +203,7 @@ class Run:
         """Tries a blocked run with the code that there is now. No events: it stays blocked."""
         header = self.state.header
         try:
-            execution, pending, backlog = replay(self._history(), self._environment)
+            execution, pending, backlog = replay(self._history(1), self._environment)
         except Blocked:
             return self._answer()
         commands: list[Command] = list(pending)
@@ -268,7 +263,7 @@ class Run:
         if self._execution is not None or self.state.header.blocked:
             return
         try:
-            self._execution = replay(self._history(), self._environment).execution
+            self._execution = replay(self._history(1), self._environment).execution
         except Blocked as e:
             self._emit_blocked(e, self.state.header.at)
 
@@ -303,11 +298,10 @@ class Run:
         self._out.requests.append((step.queue, request))
 
     def _recall(self, step: OpenStep) -> rec.Payload:
-        for event in self._history():
-            if event.seq == step.seq:
-                assert isinstance(event.data, ev.StepCreated), event
-                return event.data.input
-        raise LookupError(f"event {step.seq} is not in the log of {self.state.header.run_id}")
+        event = next(iter(self._history(step.seq)))
+        assert event.seq == step.seq, event
+        assert isinstance(event.data, ev.StepCreated), event
+        return event.data.input
 
     def _attempt_failed(
         self, step_id: str, step: OpenStep, at: int, error: Error, retry_after: int | None, *, fatal: bool = False

@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  done; \
 	  echo "durably needs Python 3.11 or later; '$(PYTHON)' is not. Name one: make PYTHON=/path/to/python3.12" >&2; \
 	  exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,faust]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,http,crypto,faust]'
 	@touch $@
 
 demo: $(STAMP)

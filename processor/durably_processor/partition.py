@@ -9,20 +9,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
+from durably import tokens
 from durably.broker.port import TP, End, Message
-from durably.errors import DurablyError, RecordTooLarge
+from durably.errors import DurablyError, RecordTooLarge, RunNotFoundError
+from durably.failures import summed_up, to_error
 from durably_schemas import Catalogue, Codec, CodecError
 from durably_schemas import events as ev
 from durably_schemas import records as rec
-from durably_schemas.catalogue import partition_for
 from durably_schemas.records import Event, Reply, ReplyTo
 
+from durably_processor.admission import KEYED_BY_TOKEN, Admission
+from durably_processor.answers import Answers
 from durably_processor.engine.execution import RECORD_OVERHEAD, Environment
-from durably_processor.engine.run import Outcome, Run
+from durably_processor.engine.run import Outcome, Resumed, Run
 from durably_processor.engine.state import OpenStep
-from durably_processor.state.store import Changes, Store, Stored, Timer, blocked_key
+from durably_processor.state.store import (
+    Changes,
+    Store,
+    Stored,
+    Timer,
+    blocked_key,
+    encode_token,
+    resume_key,
+    token_key,
+)
+from durably_processor.tokens import Tokens
 from durably_processor.turn import Output, Part, Turn
 
 log = logging.getLogger("durably.processor")
@@ -31,19 +44,17 @@ WINDOW_MS = 60_000
 """Timers due within this are held in memory; the rest waits in RocksDB."""
 LEASE_GRACE_MS = 20_000
 """After a take-over no lease lapses for this long: its last heartbeats may have been forgotten."""
-PAGE_EVENTS, PAGE_BYTES = 500, 500_000
 TIMERS_A_TURN = 1_000
 """So that ten thousand that fall due together do not hold up what else arrives."""
 DEADLY = 2
 """Activations of a run that never ended, after which it is blocked instead of tried again."""
-MAX_RUN_ID = 200
 MAX_KEY = 1_024
-MAX_TEXT = 16_384
-"""Characters of what goes into every summary of a run: its attributes, a reason."""
 WAITER_MS = 10 * 60 * 1000
 """Whoever waits for a result asks again more often than this; the answer would not be kept for longer either."""
 
 Dispatch = Literal["early", "committed"]
+Told = tuple[str, bool, int]
+"""What decides whether a run's summary is to be written again: its status, whether it is blocked, its news."""
 
 
 Poison = tuple[str, int, int] | str
@@ -61,10 +72,12 @@ class Poisoned(Exception):
 class _Entry:
     """A run in memory. ``turn``: the last that changed it; ``tainted``: the last whose causes were not log-ordered."""
 
-    __slots__ = ("bytes", "run", "stored", "tainted", "turn")
+    __slots__ = ("bytes", "recent", "resumed", "run", "stored", "tainted", "turn")
 
     def __init__(self, run: Run, stored: Stored) -> None:
         self.run = run
+        self.recent: list[Event] = []  # its events since it was loaded, where it is replayed always
+        self.resumed: set[str] = set()  # ids of the resumes received since it was loaded
         self.stored = stored
         self.turn = 0
         self.tainted = 0
@@ -83,6 +96,8 @@ class Partition:
         ends: the end offsets of the three inputs when the partition was taken over.
         now: the clock, in milliseconds.
         dispatch: whether requests may go out ahead of their transaction.
+        always_replay: every run is evicted after each of its inputs, and replayed for the next: finds workflow code
+            that is not deterministic, at the cost of speed.
         max_runs, max_bytes: how many runs, and roughly how many bytes of their logs, stay in memory.
         poisoned: records and runs that could not be handled before.
     """
@@ -99,6 +114,7 @@ class Partition:
         ends: dict[str, int],
         now: Callable[[], int],
         dispatch: Dispatch = "early",
+        always_replay: bool = False,
         max_runs: int = 20_000,
         max_bytes: int = 512 * 1024 * 1024,
         poisoned: frozenset[Poison] = frozenset(),
@@ -112,6 +128,7 @@ class Partition:
         self._ends = ends
         self._now = now
         self._early = dispatch == "early"
+        self._always_replay = always_replay
         self._max_runs, self._max_bytes = max_runs, max_bytes
         self._poisoned = poisoned
         self._runs: OrderedDict[str, _Entry] = OrderedDict()
@@ -122,16 +139,15 @@ class Partition:
         self._timers = store.timers(0, self._horizon)  # ordered, and so a heap
         self._waiting: dict[str, dict[str, tuple[int, ReplyTo]]] = {}
         self._committed = dict(positions)
-        self._parked: list[Message] = []
+        self._admission = Admission(number, catalogue, environment.max_payload_bytes)
+        self._answers = Answers(store, codec)
+        self._tokens = Tokens(store.token)
+        self._parked: list[Message] = []  # about runs and steps that are not known yet
+        self._late: list[Message] = []  # about hooks that are not: what opens them may be a step's result
         self._complete = False  # commands and signals have passed their ends: what is unknown now stays unknown
         self._caught_up = False  # results have, too: timers may fire
         self._leases_from = now() + LEASE_GRACE_MS
         self._requests_topic = lru_cache(catalogue.requests)
-        self._owners = {
-            catalogue.commands: (rec.StartRun, rec.QueryRun, rec.CancelRun, rec.ResumeHook),
-            catalogue.results: (rec.StepResult, rec.StepHeartbeat, rec.StepClaim),
-            catalogue.signals: (),
-        }
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 
@@ -167,9 +183,9 @@ class Partition:
     def offsets(self) -> dict[TP, int]:
         """What may be committed: parked records are still to be read again."""
         offsets = {TP(topic, self.number): position for topic, position in self._positions.items()}
-        if self._parked:
-            first = self._parked[0]
-            offsets[TP(first.topic, self.number)] = first.offset
+        for message in (*self._parked, *self._late):
+            tp = TP(message.topic, self.number)
+            offsets[tp] = min(offsets[tp], message.offset)
         self._committed = dict(self._positions)
         return offsets
 
@@ -177,9 +193,13 @@ class Partition:
         record: rec.Record | None = None
         try:
             record = self._codec.decode(message.value)
-            self._check(message, record)
+            self._admission.check(message, record)
         except CodecError as e:
             self._dead_letter(message, str(e), turn)
+            reply_to: ReplyTo | None = getattr(record, "reply_to", None)
+            if reply_to is not None:
+                refused = str(e)
+                self._answer(turn, reply_to, lambda r: Reply(request_id=r, status="REFUSED", message=refused))
             return
         run_id: str | None = getattr(record, "run_id", None)
         if (message.topic, message.partition, message.offset) in self._poisoned:
@@ -190,33 +210,6 @@ class Partition:
         except Exception as e:
             log.exception("%s on %s[%s]@%s", type(record).__name__, message.topic, message.partition, message.offset)
             raise Poisoned((message.topic, message.partition, message.offset)) from e
-
-    def _check(self, message: Message, record: rec.Record) -> None:
-        """Raises `CodecError` for a record that does not belong where it was found."""
-        if not isinstance(record, self._owners[message.topic]):
-            raise CodecError(f"a {type(record).__name__} does not belong on {message.topic}")
-        if isinstance(record, rec.ResumeHook):
-            return
-        run_id: str = record.run_id
-        key = run_id.encode()
-        if not run_id or len(key) > MAX_RUN_ID or not run_id.isprintable():
-            raise CodecError(f"run_id {run_id!r:.100}: 1 to {MAX_RUN_ID} bytes, printable")
-        if message.key != key:
-            raise CodecError(f"key {message.key!r:.100} is not the run_id {run_id!r}")
-        if isinstance(record, rec.CancelRun) and len(record.reason or "") > MAX_TEXT:
-            raise CodecError(f"a reason of {len(record.reason or ''):,} characters: {MAX_TEXT:,} at most")
-        if isinstance(record, rec.StartRun):
-            home = partition_for(key, self._catalogue.partitions)
-            if home != self.number:
-                raise CodecError(
-                    f"run {run_id!r} belongs on partition {home}, not {self.number}: "
-                    "set the producer's partitioner to murmur2_random, the Java default"
-                )
-            attributes = sum(len(k) + len(v) for k, v in record.attributes.items())
-            if attributes > MAX_TEXT:
-                raise CodecError(f"attributes of {attributes:,} characters: {MAX_TEXT:,} at most")
-            if len(record.input.data) > self._environment.max_payload_bytes:
-                raise CodecError(f"input of {len(record.input.data):,} bytes: pass large data by reference")
 
     def _dispatch_record(self, message: Message, record: rec.Record, turn: Turn) -> None:
         at = message.timestamp
@@ -234,21 +227,39 @@ class Partition:
         elif isinstance(record, rec.StepClaim):
             self._claim(message, record, at, turn)
         elif isinstance(record, rec.StepHeartbeat):
-            entry = self._entry(record.run_id)
-            if entry is None or record.step_id not in entry.run.state.items:
-                self._unknown(message)
-            else:
-                run = entry.run
-                self._advance(entry, lambda: run.heartbeat(record, at), turn)
+            self._heartbeat(message, record, at, turn)
         elif isinstance(record, rec.CancelRun):
             self._cancel(record, at, turn)
         else:
-            self._dead_letter(message, "there is no hook with this token", turn)
+            self._hook_record(message, record, at, turn)
 
-    def _unknown(self, message: Message) -> None:
-        # The record that creates its run or step may still be ahead on another topic.
+    def _hook_record(self, message: Message, record: rec.Record, at: int, turn: Turn) -> None:
+        """Records about hooks, tokens and children."""
+        if isinstance(record, rec.ResumeHook):
+            self._resume(message, record, at, turn)
+        elif isinstance(record, rec.HookDelivery):
+            self._deliver(message, record, None, record.hook_id, at, turn)
+        elif type(record) is rec.ClaimToken:
+            event, answer = self._tokens.claim(record, at, turn.number)
+            self._record_token(event, answer, turn)
+        elif isinstance(record, rec.ReleaseToken):
+            self._record_token(self._tokens.release(record, at, turn.number), None, turn)
+        elif isinstance(record, rec.WatchRun):
+            self._watch(message, record, at, turn)
+        else:
+            assert isinstance(record, rec.TokenGranted | rec.TokenRefused | rec.ChildFinished), record
+            entry = self._entry(record.run_id)
+            if entry is None:
+                self._unknown(message)
+                return
+            run, act = entry.run, _SIGNALLED[type(record)]
+            self._advance(entry, lambda: act(run, record, at), turn, ordered=False)
+
+    def _unknown(self, message: Message) -> bool:
+        """Whether a record must wait: the one that creates its run or step may still be ahead on another topic."""
         if not self._complete:
             self._parked.append(message)
+        return not self._complete
 
     def _start(self, message: Message, record: rec.StartRun, turn: Turn) -> None:
         entry = self._entry(record.run_id)
@@ -259,12 +270,15 @@ class Partition:
             run, outcome = self._guarded_start(record, message.timestamp, traceparent)
             entry = self._runs[record.run_id] = _Entry(run, Stored(record.run_id))
             self._record(entry, outcome, turn, early=self._early, before=None)
+        elif record.parent is not None:
+            run, watcher = entry.run, (record.parent.run_id, record.parent.correlation_id)
+            self._advance(entry, lambda: run.watch(watcher, message.timestamp), turn, ordered=False)
         if record.reply_to is not None:
             run_id = record.run_id
             self._answer(
                 turn,
                 record.reply_to,
-                lambda r: Reply(request_id=r, run_id=run_id, existing=existing, summary=self._summary(run_id)),
+                lambda r: self._answers.summary(r, run_id, existing=existing),
             )
 
     def _guarded_start(self, record: rec.StartRun, at: int, traceparent: str | None) -> tuple[Run, Outcome]:
@@ -285,6 +299,120 @@ class Partition:
         if record.reply_to is not None:
             self._answer_about(turn, record.reply_to, record.run_id, message=message)
 
+    def _heartbeat(self, message: Message, record: rec.StepHeartbeat, at: int, turn: Turn) -> None:
+        entry = self._entry(record.run_id)
+        step = entry.run.state.step(record.step_id) if entry is not None else None
+        if entry is None or step is None:
+            if self._unknown(message):
+                return
+        else:
+            run = entry.run
+            self._advance(entry, lambda: run.heartbeat(record, at), turn)
+        wanted = step is not None and step.status == "leased" and step.attempt == record.attempt
+        if record.reply_to is not None:
+            answer: rec.ClaimAnswer = "LEASED" if wanted else "DONE"
+            self._answer(turn, record.reply_to, lambda r: Reply(request_id=r, run_id=record.run_id, claim=answer))
+
+    # -- hooks -----------------------------------------------------------------------------------------------------
+
+    def _resume(self, message: Message, record: rec.ResumeHook, at: int, turn: Turn) -> None:
+        run_id = tokens.run_of(record.token)
+        if run_id is not None:
+            self._deliver(message, record, run_id, None, at, turn)
+            return
+        holder = self._tokens.addressee(record.token, record.resume_id)
+        if holder is not None:
+            delivery = rec.HookDelivery(
+                token=record.token,
+                run_id=holder.run_id,
+                hook_id=holder.hook_id,
+                resume_id=record.resume_id,
+                payload=record.payload,
+                reply_to=record.reply_to,
+            )
+            self._signal(turn.part(self.number, self.store), delivery)
+        elif not self._caught_up:
+            self._late.append(message)
+        elif record.reply_to is not None:
+            self._no_hook(turn, record.reply_to, None, record.token, "no run has a hook with this token")
+
+    def _deliver(
+        self,
+        message: Message,
+        record: rec.ResumeHook | rec.HookDelivery,
+        run_id: str | None,
+        hook_id: str | None,
+        at: int,
+        turn: Turn,
+    ) -> None:
+        """Gives a payload to the run, which is this partition's."""
+        run_id = run_id or record.run_id  # type: ignore[union-attr]
+        entry = self._entry(run_id)
+        resumed: Resumed = "UNKNOWN"
+        if entry is not None:
+            run = entry.run
+            if entry.turn <= turn.acked:
+                entry.resumed.clear()  # the store has them
+            if record.resume_id in entry.resumed or self.store.received(run_id, record.resume_id):
+                resumed = "OK"
+            else:
+                found: list[Resumed] = []
+
+                def act() -> Outcome:
+                    outcome, answer = run.resume(record.token, hook_id, record.resume_id, record.payload, at)
+                    found.append(answer)
+                    return outcome
+
+                self._advance(entry, act, turn, ordered=False)
+                resumed = found[0]
+        if resumed == "UNKNOWN" and not self._caught_up:
+            self._late.append(message)
+        elif record.reply_to is None:
+            pass
+        elif resumed == "OK":
+            self._answer_about(turn, record.reply_to, run_id)
+        else:
+            self._no_hook(turn, record.reply_to, run_id, record.token, _REFUSALS[resumed])
+
+    def _no_hook(self, turn: Turn, reply_to: ReplyTo, run_id: str | None, token: str, why: str) -> None:
+        self._answer(
+            turn,
+            reply_to,
+            lambda r: Reply(request_id=r, run_id=run_id, status="NOT_FOUND", message=f"hook token {token!r}: {why}"),
+        )
+
+    def _record_token(self, event: Event | None, answer: rec.Record | None, turn: Turn) -> None:
+        part = turn.part(self.number, self.store)
+        if event is not None:
+            assert isinstance(event.data, ev.TokenClaimed | ev.TokenReleased)
+            part.events.append((event.data.token.encode(), self._codec.encode(event)))
+            key, value = token_key(event.data.token), encode_token(self._tokens.get(event.data.token))
+            part.change({key: value}, set(), [key] if value is None else [])
+        if answer is not None:
+            self._signal(part, answer)
+
+    def _signal(self, part: Part, record: rec.Record) -> None:
+        key = record.token if type(record) in KEYED_BY_TOKEN else record.run_id  # type: ignore[attr-defined]
+        part.outputs.append(Output(self._catalogue.signals, self._codec.encode(record), key.encode()))
+        part.urgent = True
+
+    def _watch(self, message: Message, record: rec.WatchRun, at: int, turn: Turn) -> None:
+        entry = self._entry(record.run_id)
+        watcher = (record.watcher_run_id, record.correlation_id)
+        if entry is not None:
+            run = entry.run
+            self._advance(entry, lambda: run.watch(watcher, at), turn, ordered=False)
+        elif not self._unknown(message):
+            missing = RunNotFoundError(f"there is no run {record.run_id}", record.run_id)
+            told = rec.ChildFinished(
+                run_id=record.watcher_run_id,
+                correlation_id=record.correlation_id,
+                child_run_id=record.run_id,
+                status="failed",
+                error=to_error(missing),
+            )
+            self._signal(turn.part(self.number, self.store), told)
+
     def _claim(self, message: Message, record: rec.StepClaim, at: int, turn: Turn) -> None:
         entry = self._entry(record.run_id)
         answer, execution = "DONE", 0
@@ -299,8 +427,7 @@ class Partition:
 
             self._advance(entry, claim, turn)
             answer, execution = found[0]
-        elif not self._complete:
-            self._parked.append(message)
+        elif self._unknown(message):
             return
         self._answer(
             turn,
@@ -312,19 +439,30 @@ class Partition:
 
     def _query(self, record: rec.QueryRun, at: int, turn: Turn) -> None:
         run_id, reply_to = record.run_id, record.reply_to
+        if not run_id:
+            self._query_token(record, turn)
+            return
         entry = self._entry(run_id)
         if entry is None or record.what == "SUMMARY":
             self._answer_about(turn, reply_to, run_id)
         elif record.what == "EVENTS":
             from_seq = max(1, record.from_seq)
-            self._answer(turn, reply_to, lambda r: self._page(r, run_id, from_seq))
+            self._answer(turn, reply_to, lambda r: self._answers.page(r, run_id, from_seq))
         elif record.what == "RESULT":
             if entry.run.state.terminal or entry.run.state.header.blocked:
-                self._answer(turn, reply_to, lambda r: self._result(r, run_id))
+                self._answer(turn, reply_to, lambda r: self._answers.result(r, run_id))
             else:
                 self._wait(run_id, reply_to, at)
         else:
-            self._answer(turn, reply_to, lambda r: Reply(request_id=r, run_id=run_id, status="NOT_FOUND"))
+            self._answer(turn, reply_to, lambda r: self._answers.hooks(r, run_id, record.token))
+
+    def _query_token(self, record: rec.QueryRun, turn: Turn) -> None:
+        assert record.token is not None  # checked
+        holder = self._tokens.get(record.token).holder
+        if holder is None:
+            self._no_hook(turn, record.reply_to, None, record.token, "no run has a hook with this token")
+        else:
+            self._answer(turn, record.reply_to, lambda r: Reply(request_id=r, run_id=holder.run_id))
 
     def _wait(self, run_id: str, reply_to: ReplyTo, at: int) -> None:
         waiting = self._waiting.setdefault(run_id, {})
@@ -339,44 +477,7 @@ class Partition:
         part.urgent = True
 
     def _answer_about(self, turn: Turn, reply_to: ReplyTo, run_id: str, message: str | None = None) -> None:
-        def make(request_id: str) -> Reply:
-            summary = self._summary(run_id)
-            if summary is None:
-                return Reply(request_id=request_id, run_id=run_id, status="NOT_FOUND", message=f"no run {run_id!r}")
-            return Reply(request_id=request_id, run_id=run_id, summary=summary, message=message)
-
-        self._answer(turn, reply_to, make)
-
-    # These four run on the commit thread, after everything that they speak of has reached the store.
-
-    def _summary(self, run_id: str) -> rec.RunSummary | None:
-        state = self.store.state(run_id)
-        return state.summary() if state else None
-
-    def _result(self, request_id: str, run_id: str) -> Reply | None:
-        state = self.store.state(run_id)
-        assert state is not None, run_id
-        if not state.terminal and not state.header.blocked:
-            return None  # it was blocked when it was asked about, and has gone on meanwhile: the asker asks again
-        last = self._codec.decode_as(Event, self.store.event(run_id, state.header.seq)) if state.terminal else None
-        result = last.data.result if last and isinstance(last.data, ev.RunCompleted) else None
-        message = state.header.cancel_reason if state.header.status == "cancelled" else None
-        return Reply(request_id=request_id, run_id=run_id, summary=state.summary(), result=result, message=message)
-
-    def _page(self, request_id: str, run_id: str, from_seq: int) -> Reply:
-        page: list[bytes] = []
-        size = 0
-        for value in self.store.events(run_id, from_seq):
-            if page and (len(page) >= PAGE_EVENTS or size + len(value) > PAGE_BYTES):
-                next_seq: int | None = from_seq + len(page)
-                break
-            page.append(value)
-            size += len(value)
-        else:
-            next_seq = None
-        return Reply(
-            request_id=request_id, run_id=run_id, summary=self._summary(run_id), events=tuple(page), next_seq=next_seq
-        )
+        self._answer(turn, reply_to, lambda r: self._answers.summary(r, run_id, message=message))
 
     # -- advancing a run -------------------------------------------------------------------------------------------
 
@@ -393,8 +494,14 @@ class Partition:
 
     def _history(self, run_id: str) -> Callable[[int], Iterator[Event]]:
         def read(from_seq: int) -> Iterator[Event]:
+            entry = self._runs.get(run_id)
+            uncommitted = entry.recent if entry is not None else []
             for value in self.store.events(run_id, from_seq):
-                yield self._codec.decode_as(Event, value)
+                event = self._codec.decode_as(Event, value)
+                if uncommitted and event.seq >= uncommitted[0].seq:
+                    break
+                yield event
+            yield from (event for event in uncommitted if event.seq >= from_seq)
 
         return read
 
@@ -405,7 +512,7 @@ class Partition:
         while the run waits for nothing but steps. Only then may the requests that follow go out before the commit.
         """
         state = entry.run.state
-        before = (state.header.status, state.header.blocked)
+        before = (state.header.status, state.header.blocked, state.news)
         if not ordered or state.waits or state.unsettled:
             entry.tainted = turn.number
         early = self._early and entry.tainted <= turn.acked
@@ -436,12 +543,10 @@ class Partition:
         outcome.events[:0] = events
         return outcome
 
-    def _record(
-        self, entry: _Entry, outcome: Outcome, turn: Turn, *, early: bool, before: tuple[str, bool] | None
-    ) -> None:
+    def _record(self, entry: _Entry, outcome: Outcome, turn: Turn, *, early: bool, before: Told | None) -> None:
         state = entry.run.state
         header = state.header
-        if not outcome.events and not state.touched:
+        if not outcome.events and not state.touched and not outcome.signals:
             return
         part = turn.part(self.number, self.store)
         run_id = header.run_id
@@ -452,9 +557,12 @@ class Partition:
         for event in outcome.events:
             value = encode(event)
             if len(value) > self._environment.max_event_bytes:
-                raise RecordTooLarge(f"{event.type} of run {run_id} takes {len(value):,} bytes")
+                raise RecordTooLarge.of(f"{event.type} of run {run_id}", len(value), self._environment.max_event_bytes)
             part.events.append((key, value))
             changes[entry.stored.event_key(event.seq)] = value
+            if isinstance(event.data, ev.HookReceived):
+                entry.resumed.add(event.data.resume_id)
+                changes[resume_key(run_id, event.data.resume_id)] = b""
             entry.bytes += len(value)
             self._bytes += len(value)
         for timer in entry.stored.changes(state, changes, created):
@@ -467,7 +575,12 @@ class Partition:
             else:
                 part.outputs.append(output)
                 part.urgent = True
-        if before != (header.status, header.blocked):
+        for signal in outcome.signals:
+            self._signal(part, signal)
+        for command in outcome.commands:
+            part.outputs.append(Output(self._catalogue.commands, encode(command), command.run_id.encode()))
+            part.urgent = True
+        if before != (header.status, header.blocked, state.news):
             self._status_changed(entry, part, changes, before)
             if state.terminal:
                 self._finished.append((turn.number, run_id))
@@ -475,17 +588,21 @@ class Partition:
             entry.tainted = turn.number
         part.change(changes, created, [key for key, value in changes.items() if value is None])
         entry.turn = turn.number
+        if self._always_replay:
+            entry.recent += outcome.events
+            entry.run.evict()
 
-    def _status_changed(self, entry: _Entry, part: Part, changes: Changes, before: tuple[str, bool] | None) -> None:
+    def _status_changed(self, entry: _Entry, part: Part, changes: Changes, before: Told | None) -> None:
         state = entry.run.state
         header = state.header
         run_id, key = header.run_id, header.run_id.encode()
         part.summaries[key] = self._codec.encode(state.summary())
+        was_blocked = before is not None and before[1]
         if header.blocked:
             changes[blocked_key(run_id)] = b""
-            reason = header.error.message if header.error else ""
-            log.error("run %s is blocked: %s", run_id, reason)
-        elif before and before[1]:
+            if not was_blocked:
+                log.error("run %s is blocked: %s", run_id, summed_up(header.error) if header.error else "")
+        elif was_blocked:
             changes[blocked_key(run_id)] = None
         if state.terminal and header.streams:
             end = rec.StreamChunk(run_id=run_id, namespace="", writer="", n=1, kind="END", at=header.at)
@@ -493,7 +610,7 @@ class Partition:
         if state.terminal or header.blocked:
             part.urgent = True
             for _, reply_to in self._waiting.pop(run_id, {}).values():
-                part.answers.append((reply_to, lambda to=reply_to: self._result(to.request_id, run_id)))  # type: ignore[misc]
+                part.answers.append((reply_to, lambda to=reply_to: self._answers.result(to.request_id, run_id)))  # type: ignore[misc]
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -514,7 +631,7 @@ class Partition:
             _, run_id, correlation_id = heapq.heappop(self._timers)
             entry = self._entry(run_id)
             item = entry.run.state.items.get(correlation_id) if entry else None
-            if entry is None or item is None or item.due > now:
+            if entry is None or item is None or item.due is None or item.due > now:
                 continue  # closed, or moved: then its new timer is on its way
             if isinstance(item, OpenStep) and item.status == "leased" and now < self._leases_from:
                 heapq.heappush(self._timers, Timer(self._leases_from, run_id, correlation_id))
@@ -536,6 +653,10 @@ class Partition:
         if self._complete and not behind:
             self._caught_up = True
             self._blocked = self.store.blocked()
+            late, self._late = self._late, []
+            self._committed = {}
+            for message in late:
+                self._take(message, turn)
 
     def _fire_one(self, entry: _Entry, correlation_id: str, due: int, turn: Turn) -> None:
         run = entry.run
@@ -569,13 +690,14 @@ class Partition:
     def _unblock_one(self, entry: _Entry, turn: Turn) -> None:
         run, state = entry.run, entry.run.state
         run_id = state.header.run_id
-        before = (state.header.status, state.header.blocked)
+        before = (state.header.status, state.header.blocked, state.news)
         with self._counted(run_id) as obstacle:
             outcome = run.unblock() if obstacle is None else run.block(obstacle)
         entry.tainted = turn.number
         self._record(entry, outcome, turn, early=False, before=before)
         for correlation_id, item in state.items.items():
-            heapq.heappush(self._timers, Timer(item.due, run_id, correlation_id))
+            if item.due is not None:
+                heapq.heappush(self._timers, Timer(item.due, run_id, correlation_id))
 
     # -- what cannot be handled ------------------------------------------------------------------------------------
 
@@ -612,6 +734,7 @@ class Partition:
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def _shrink(self, turn: Turn) -> None:
+        self._tokens.forget(turn.acked)
         while self._finished and self._finished[0][0] <= turn.acked:
             self._forget(self._finished.popleft()[1])
         if len(self._runs) <= self._max_runs and self._bytes <= self._max_bytes:
@@ -635,6 +758,16 @@ class Partition:
         self._runs.clear()
 
 
+_SIGNALLED: dict[type, Callable[[Run, Any, int], Outcome]] = {
+    rec.TokenGranted: Run.granted,
+    rec.TokenRefused: Run.refused,
+    rec.ChildFinished: Run.child_finished,
+}
+_REFUSALS: dict[Resumed, str] = {
+    "UNKNOWN": "its run has no hook with it: it does not exist yet, or was disposed of, or the token is wrong",
+    "DISPOSED": "the hook was disposed of",
+    "ENDED": "its run has ended",
+}
 _TRY_AGAIN_ONLY_WITH_OTHER_CODE = frozenset(
     {"durably_processor.engine.watchdog:ActivationTimeout", "durably.errors:DurablyError"}
 )

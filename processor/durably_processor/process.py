@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from durably import payload_codec
 from durably.authoring import load_module, registry
 from durably.broker import connect
 from durably.errors import ConfigurationError
@@ -31,7 +32,7 @@ def prepare(modules: Sequence[str]) -> None:
     both, so the interpreter is started again with PYTHONHASHSEED=0 and TZ=UTC where they are not. Guards are installed before user modules bind the functions they replace.
 
     Raises:
-        ConfigurationError: a module cannot be imported, or none has a workflow.
+        ConfigurationError: a module cannot be imported, or none has a workflow, or the payload codec cannot be had.
     """
     wanted = {"PYTHONHASHSEED": "0", "TZ": "UTC"}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
@@ -41,6 +42,7 @@ def prepare(modules: Sequence[str]) -> None:
     guards.install()
     for module in modules:
         load_module(module)
+    payload_codec.installed()  # a wrong setting should end the process, and not every run
     if not registry.workflows:
         raise ConfigurationError(
             f"{', '.join(modules)}: no function is marked @workflow; name the modules that have some"
@@ -56,6 +58,7 @@ def make_processor(settings: Settings, broker: Broker, ready: Callable[[], None]
         settings.data_dir / settings.namespace,
         dispatch=settings.dispatch,
         instance_id=settings.group_instance_id,
+        gateway_url=settings.gateway_url,
         ready=ready,
     )
 

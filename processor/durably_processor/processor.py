@@ -34,6 +34,8 @@ log = logging.getLogger("durably.processor")
 
 POLL = 0.2
 """Seconds that a poll waits at most: failures of the commit thread are noticed after it."""
+JOINING = 0.02
+"""Seconds that it waits while it owns nothing."""
 RECORDS_A_TURN = 1_000
 DRAIN = 5.0
 """Seconds that a revoke waits for what is under way."""
@@ -52,6 +54,8 @@ class Processor:
         group: the consumer group of all processors of an installation.
         dispatch: see docs/architecture.md, "What may go out early".
         instance_id: makes group membership static.
+        always_replay: see `Partition`; for tests.
+        gateway_url: where the gateway is, as new runs are told.
         max_runs: how many live runs a partition keeps in memory.
         activation_limit: seconds after which workflow code that does not yield is interrupted.
         now: the clock, in milliseconds since the epoch.
@@ -71,6 +75,8 @@ class Processor:
         group: str | None = None,
         dispatch: Dispatch = "early",
         instance_id: str | None = None,
+        always_replay: bool = False,
+        gateway_url: str | None = None,
         max_runs: int = 20_000,
         activation_limit: float = 2.0,
         now: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
@@ -83,6 +89,8 @@ class Processor:
         self._group = group or f"{catalogue.namespace}.processor"
         self._dispatch: Dispatch = dispatch
         self._instance_id = instance_id
+        self._always_replay = always_replay
+        self._gateway_url = gateway_url
         self._max_runs = max_runs
         self._activation_limit = activation_limit
         self._now = now
@@ -111,6 +119,7 @@ class Processor:
                 self._broker.max_record_bytes,
                 self._queues(),
                 self._watchdog.watch,
+                self._gateway_url,
             )
             self._plain: Producer = self._broker.producer()
             self._consumer: Consumer = self._broker.consumer(
@@ -174,6 +183,8 @@ class Processor:
     def _patience(self) -> float:
         if self._restoring:
             return 0
+        if not self._partitions:
+            return JOINING  # an assignment comes within a poll, and should not wait for its end
         dues = [due for p in self._partitions.values() if (due := p.next_due) is not None]
         return max(0.0, min(POLL, (min(dues) - self._now()) / 1000)) if dues else POLL
 
@@ -276,6 +287,7 @@ class Processor:
             ends=ends,
             now=self._now,
             dispatch=self._dispatch,
+            always_replay=self._always_replay,
             max_runs=self._max_runs,
             poisoned=self._poisoned,
         )

@@ -11,7 +11,19 @@ from durably_schemas import events as ev
 from durably_schemas.records import Event
 
 from durably_processor.engine.state import RunState, created
-from durably_processor.state.store import CHECKPOINT, Changes, Store, Stored, blocked_key, event_key
+from durably_processor.state.store import (
+    CHECKPOINT,
+    Changes,
+    Store,
+    Stored,
+    Token,
+    blocked_key,
+    encode_token,
+    event_key,
+    resume_key,
+    token_key,
+)
+from durably_processor.tokens import applied
 
 log = logging.getLogger("durably.processor")
 
@@ -39,6 +51,7 @@ class Restore:
         self._begun = time.monotonic()
         self._count = 0
         self._states: dict[str, tuple[RunState, Stored]] = {}
+        self._tokens: dict[str, Token] = {}
         self._reader = None if self._position >= self._target else broker.reader({self._tp: self._position})
 
     def step(self, seconds: float) -> bool:
@@ -70,10 +83,16 @@ class Restore:
                 continue
             self._position = message.offset + 1
             event = self._codec.decode_as(Event, message.value)
-            if self._apply(event):
+            self._count += 1
+            data = event.data
+            if isinstance(data, ev.TokenClaimed | ev.TokenReleased):
+                token = self._tokens.get(data.token) or self._store.token(data.token)
+                self._tokens[data.token] = applied(token, data)
+            elif self._apply(event):
                 assert message.value is not None
                 changes[event_key(event.run_id, event.seq)] = message.value
-                self._count += 1
+                if isinstance(data, ev.HookReceived):
+                    changes[resume_key(event.run_id, data.resume_id)] = b""
         if not messages:
             return
         for run_id, (state, stored) in self._states.items():
@@ -83,6 +102,9 @@ class Restore:
             elif stored.blocked:
                 changes[blocked_key(run_id)] = None
         self._states.clear()
+        for name, token in self._tokens.items():
+            changes[token_key(name)] = encode_token(token)
+        self._tokens.clear()
         changes[CHECKPOINT] = self._position.to_bytes(8, "big")
         self._store.write(changes)
 

@@ -109,7 +109,7 @@ class Catalogue(msgspec.Struct, frozen=True):
             ),
             topic(
                 self.signals, "run ID or token", processors, _delete(7 * DAY_MS),
-                "ClaimToken", "TokenGranted", "TokenRefused", "ReleaseToken", "HookDelivery", "ChildFinished",
+                "ClaimToken", "TokenGranted", "TokenRefused", "ReleaseToken", "HookDelivery", "WatchRun", "ChildFinished",
             ),
             topic(
                 self.events, "run ID or token", processors,

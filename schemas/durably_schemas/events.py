@@ -22,12 +22,14 @@ class RunCreated(Record, frozen=True, kw_only=True):
     parent: Parent | None = None
     start_at: int | None = None
     traceparent: str | None = None
+    nonce: str = ""
 
 
 class RunStarted(Record, frozen=True, kw_only=True):
-    """Workflow code begins."""
+    """Workflow code begins. ``url``: where the gateway is, as the run sees it for all its life."""
 
     code_version: str | None = None
+    url: str | None = None
 
 
 class RunCompleted(Record, frozen=True, kw_only=True):
@@ -120,12 +122,21 @@ class StepFailed(Record, frozen=True, kw_only=True):
     error: Error
 
 
+class StepCancelled(Record, frozen=True, kw_only=True):
+    """The workflow cancelled what waited for the step: its result no longer counts."""
+
+
 class HookCreated(Record, frozen=True, kw_only=True):
-    """The run waits for outside data under this token."""
+    """The run waits for outside data under this token. A custom one has first to be granted."""
 
     token: str
     metadata: Payload | None = None
     webhook: bool = False
+    response: Payload | None = None
+
+
+class HookGranted(Record, frozen=True, kw_only=True):
+    """The run holds the custom token that it asked for."""
 
 
 class HookConflict(Record, frozen=True, kw_only=True):
@@ -159,12 +170,20 @@ class WaitCompleted(Record, frozen=True, kw_only=True):
 
 
 class ChildCreated(Record, frozen=True, kw_only=True):
-    """The workflow started another run."""
+    """The workflow started another run, or (``workflow`` is empty) waits for one that somebody else started."""
 
     child_run_id: str
     workflow: str
     input: Payload
     attributes: dict[str, str] = {}
+    start_at: int | None = None
+    cancel: bool = False
+
+
+class ChildCancelling(Record, frozen=True, kw_only=True):
+    """The workflow asked for the cancellation of a child run."""
+
+    reason: str | None = None
 
 
 class ChildCompleted(Record, frozen=True, kw_only=True):
@@ -181,23 +200,36 @@ class AttributesSet(Record, frozen=True, kw_only=True):
     attributes: dict[str, str | None]
 
 
+class RunWatched(Record, frozen=True, kw_only=True):
+    """Another run waits for the end of this one."""
+
+    run_id: str
+    correlation_id: str
+
+
 class TokenClaimed(Record, frozen=True, kw_only=True):
     """A run holds this token."""
 
+    token: str
+    run_id: str
     hook_id: str
 
 
 class TokenReleased(Record, frozen=True, kw_only=True):
-    """The token is free."""
+    """The token is free. ``resume_ids``: the last resumes that its holder received."""
 
+    token: str
+    run_id: str
     hook_id: str
+    resume_ids: tuple[str, ...] = ()
 
 
 EventData = (
     RunCreated | RunStarted | RunCompleted | RunFailed | RunCancelling | RunCancelled | RunBlocked | RunUnblocked
     | StepCreated | StepStarted | StepScheduled | StepRetrying | StepCompleted | StepFailed
-    | HookCreated | HookConflict | HookReceived | HookDisposed
-    | WaitCreated | WaitCompleted | ChildCreated | ChildCompleted | AttributesSet | TokenClaimed | TokenReleased
+    | StepCancelled | HookCreated | HookGranted | HookConflict | HookReceived | HookDisposed
+    | WaitCreated | WaitCompleted | ChildCreated | ChildCancelling | ChildCompleted
+    | AttributesSet | RunWatched | TokenClaimed | TokenReleased
 )  # fmt: skip
 
 TYPE_OF: dict[type[Record], str] = {
@@ -206,11 +238,12 @@ TYPE_OF: dict[type[Record], str] = {
     RunUnblocked: "run_unblocked",
     StepCreated: "step_created", StepStarted: "step_started", StepScheduled: "step_scheduled",
     StepRetrying: "step_retrying",
-    StepCompleted: "step_completed", StepFailed: "step_failed",
-    HookCreated: "hook_created", HookConflict: "hook_conflict", HookReceived: "hook_received",
+    StepCompleted: "step_completed", StepFailed: "step_failed", StepCancelled: "step_cancelled",
+    HookCreated: "hook_created", HookGranted: "hook_granted", HookConflict: "hook_conflict", HookReceived: "hook_received",
     HookDisposed: "hook_disposed",
     WaitCreated: "wait_created", WaitCompleted: "wait_completed",
-    ChildCreated: "child_created", ChildCompleted: "child_completed", AttributesSet: "attributes_set",
+    ChildCreated: "child_created", ChildCancelling: "child_cancelling", ChildCompleted: "child_completed",
+    AttributesSet: "attributes_set", RunWatched: "run_watched",
     TokenClaimed: "token_claimed", TokenReleased: "token_released",
 }  # fmt: skip
 

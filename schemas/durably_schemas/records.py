@@ -57,7 +57,10 @@ class Parent(Record, frozen=True, kw_only=True):
 
 
 class StartRun(Record, frozen=True, kw_only=True):
-    """Asks for a run. A second start of the same ``run_id`` attaches to the first."""
+    """Asks for a run. A second start of the same ``run_id`` attaches to the first.
+
+    ``nonce``: random text; what keeps the tokens of the run's hooks from being guessed.
+    """
 
     run_id: str
     workflow: str
@@ -66,6 +69,7 @@ class StartRun(Record, frozen=True, kw_only=True):
     attributes: dict[str, str] = {}
     parent: Parent | None = None
     start_at: int | None = None
+    nonce: str = ""
     reply_to: ReplyTo | None = None
 
 
@@ -89,7 +93,10 @@ class CancelRun(Record, frozen=True, kw_only=True):
 
 
 class QueryRun(Record, frozen=True, kw_only=True):
-    """Asks about a run; ``RESULT`` is answered when the run has ended."""
+    """Asks about a run; ``RESULT`` is answered when the run has ended.
+
+    ``HOOK`` with a custom token, and an empty ``run_id``, asks the token's owner who holds it.
+    """
 
     run_id: str
     what: Query
@@ -111,6 +118,7 @@ class StepRequest(Record, frozen=True, kw_only=True):
     workflow_started_at: int
     scheduled_at: int
     timeout: int | None = None
+    workflow_url: str | None = None
 
 
 class StepSucceeded(Record, frozen=True, kw_only=True):
@@ -152,7 +160,10 @@ class StepResult(Record, frozen=True, kw_only=True):
 
 
 class StepHeartbeat(Record, frozen=True, kw_only=True):
-    """A worker still runs this attempt, and will say so again before ``lease_until``."""
+    """A worker still runs this attempt, and will say so again before ``lease_until``.
+
+    With ``reply_to`` it asks whether the result is still wanted, and is answered as a claim is.
+    """
 
     run_id: str
     step_id: str
@@ -161,6 +172,7 @@ class StepHeartbeat(Record, frozen=True, kw_only=True):
     started_at: int
     lease_until: int
     details: Payload | None = None
+    reply_to: ReplyTo | None = None
 
 
 class StepClaim(Record, frozen=True, kw_only=True):
@@ -174,7 +186,7 @@ class StepClaim(Record, frozen=True, kw_only=True):
 
 
 class RunSummary(Record, frozen=True, kw_only=True):
-    """The latest state of a run; on the compacted topic ``runs``."""
+    """The latest state of a run; on the compacted topic ``runs``. ``hooks``: tokens of open ones, the first 100."""
 
     run_id: str
     workflow: str
@@ -187,6 +199,20 @@ class RunSummary(Record, frozen=True, kw_only=True):
     completed_at: int | None = None
     error: Error | None = None
     code_version: str | None = None
+    hooks: tuple[str, ...] = ()
+
+
+class Hook(Record, frozen=True, kw_only=True):
+    """An open hook of a run. ``response`` is a webhook's; None: 202 at once."""
+
+    token: str
+    hook_id: str
+    run_id: str
+    created_at: int
+    webhook: bool = False
+    received: int = 0
+    metadata: Payload | None = None
+    response: Payload | None = None
 
 
 class Reply(Record, frozen=True, kw_only=True):
@@ -203,6 +229,7 @@ class Reply(Record, frozen=True, kw_only=True):
     next_seq: int | None = None
     claim: ClaimAnswer | None = None
     execution: int = 0
+    hooks: tuple[Hook, ...] = ()
 
 
 class StreamChunk(Record, frozen=True, kw_only=True):
@@ -249,7 +276,12 @@ class TokenRefused(ClaimToken, frozen=True, kw_only=True):
 
 
 class ReleaseToken(ClaimToken, frozen=True, kw_only=True):
-    """A holder gives a token back; applies to this holder only."""
+    """A holder gives a token back; applies to this holder only.
+
+    ``resume_ids``: the last ones that the hook received, so that copies of them which are still under way are known.
+    """
+
+    resume_ids: tuple[str, ...] = ()
 
 
 class HookDelivery(ClaimToken, frozen=True, kw_only=True):
@@ -260,8 +292,16 @@ class HookDelivery(ClaimToken, frozen=True, kw_only=True):
     reply_to: ReplyTo | None = None
 
 
+class WatchRun(Record, frozen=True, kw_only=True):
+    """A run waits for the end of another, ``run_id``; it is told by a `ChildFinished`."""
+
+    run_id: str
+    watcher_run_id: str
+    correlation_id: str
+
+
 class ChildFinished(Record, frozen=True, kw_only=True):
-    """A child run has ended."""
+    """A child run, or one that was watched, has ended."""
 
     run_id: str
     correlation_id: str
@@ -272,7 +312,10 @@ class ChildFinished(Record, frozen=True, kw_only=True):
 
 
 class Event(Record, frozen=True, kw_only=True):
-    """One entry of a run's log. ``seq`` is dense from 1 within the run."""
+    """One entry of a run's log. ``seq`` is dense from 1 within the run.
+
+    A token's log has its entries under a ``run_id`` of its own, ``token|TOKEN|RUN_ID|HOOK_ID``: no run can have it.
+    """
 
     run_id: str
     seq: int

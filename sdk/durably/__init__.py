@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from durably.authoring import Backoff, StepDefinition, WorkflowDefinition, step, workflow
+from durably.cancellation import step_cancelled
+from durably.children import ChildRun
 from durably.errors import (
     BrokerError,
     BrokerUnreachable,
@@ -14,7 +16,11 @@ from durably.errors import (
     DurablyError,
     FatalError,
     Fenced,
+    HookConflictError,
+    HookDisposedError,
+    HookNotFoundError,
     NonDeterminismError,
+    PayloadCodecError,
     RecordTooLarge,
     RegistrationError,
     RetryableError,
@@ -28,13 +34,35 @@ from durably.errors import (
     UnknownTopic,
     WorkerLostError,
 )
-from durably.runtime import get_step_metadata, get_workflow_metadata, sleep
-from durably.streams import Writable, get_writable
+from durably.hooks import Hook, HookDefinition, Webhook, create_hook, create_webhook, define_hook
+from durably.runtime import get_step_metadata, get_workflow_metadata, set_attributes, sleep
+from durably.serialization import serializable
+from durably.streams import Readable, Writable, get_writable
 
 if TYPE_CHECKING:
-    from durably.client import AsyncClient, AsyncRun, Client, Run, get_run, start
+    from durably.client import (
+        AsyncClient,
+        AsyncRun,
+        Client,
+        HookInfo,
+        Run,
+        StreamInfo,
+        get_hook_by_token,
+        get_run,
+        options,
+        resume_hook,
+        resume_webhook,
+        start,
+    )
+    from durably.web import Request, Response, fetch
 
-_LAZY = {"AsyncClient", "AsyncRun", "Client", "Run", "get_run", "start"}
+_LAZY = {
+    **dict.fromkeys(("AsyncClient", "AsyncRun", "Client", "HookInfo", "Run", "StreamInfo"), "durably.client"),
+    **dict.fromkeys(
+        ("get_hook_by_token", "get_run", "options", "resume_hook", "resume_webhook", "start"), "durably.client"
+    ),
+    **dict.fromkeys(("Request", "Response", "fetch"), "durably.web"),
+}
 
 __all__ = [
     "AsyncClient",
@@ -42,15 +70,26 @@ __all__ = [
     "Backoff",
     "BrokerError",
     "BrokerUnreachable",
+    "ChildRun",
     "Client",
     "ConfigurationError",
     "DeterminismError",
     "DurablyError",
     "FatalError",
     "Fenced",
+    "Hook",
+    "HookConflictError",
+    "HookDefinition",
+    "HookDisposedError",
+    "HookInfo",
+    "HookNotFoundError",
     "NonDeterminismError",
+    "PayloadCodecError",
+    "Readable",
     "RecordTooLarge",
     "RegistrationError",
+    "Request",
+    "Response",
     "RetryableError",
     "Run",
     "RunBlockedError",
@@ -61,23 +100,36 @@ __all__ = [
     "StepDefinition",
     "StepError",
     "StepTimeoutError",
+    "StreamInfo",
     "UnknownTopic",
+    "Webhook",
     "WorkerLostError",
     "WorkflowDefinition",
     "Writable",
+    "create_hook",
+    "create_webhook",
+    "define_hook",
+    "fetch",
+    "get_hook_by_token",
     "get_run",
     "get_step_metadata",
     "get_workflow_metadata",
     "get_writable",
+    "options",
+    "resume_hook",
+    "resume_webhook",
+    "serializable",
+    "set_attributes",
     "sleep",
     "start",
     "step",
+    "step_cancelled",
     "workflow",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """The client's names, imported when they are first asked for: workers and the CLI do without."""
+    """The client's names, and those of HTTP, imported when they are first asked for: most processes do without."""
     if name not in _LAZY:
         raise AttributeError(f"module 'durably' has no attribute {name!r}")
-    return getattr(import_module("durably.client"), name)
+    return getattr(import_module(_LAZY[name]), name)

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import sys
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -63,6 +64,7 @@ class StepDefinition(Generic[P, R]):
     timeout_ms: int | None
     backoff: events.Backoff
     is_async: bool
+    yields: bool = False  # what it yields goes into a stream, and its result is that stream's handle
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Runs the step, where the call stands in a workflow; else calls the function."""
@@ -70,6 +72,14 @@ class StepDefinition(Generic[P, R]):
         if run is not None:
             return run.call_step(self, args, kwargs)
         return cast("Coroutine[Any, Any, R]", self.fn(*args, **kwargs))
+
+    @overload
+    def __get__(self, instance: None, owner: type, /) -> StepDefinition[P, R]: ...
+    @overload
+    def __get__(self, instance: object, owner: type, /) -> Callable[..., Coroutine[Any, Any, R]]: ...
+    def __get__(self, instance: object, owner: type, /) -> Any:
+        """As a method: the instance travels as the first argument, so its class must be one that can."""
+        return self if instance is None else partial(cast("Callable[..., Any]", self), instance)
 
     def options(
         self,
@@ -142,6 +152,10 @@ class Registry:
         """Registers, or replaces what the same place registered before. Raises `RegistrationError` on a clash."""
         self._add("step", self.steps, definition)
 
+    def step(self, name: str) -> StepDefinition[..., Any] | None:
+        """The step of this name: one of the user's, else one that durably brings along."""
+        return self.steps.get(name) or _builtin_steps().get(name)
+
     def code_version(self) -> str:
         """12 hex digits over the source of all registered workflows: equal where they replay alike."""
         if self._code_version is None:
@@ -159,6 +173,13 @@ class Registry:
                 f"give one of them name="
             )
         known[definition.name] = definition
+
+
+@cache
+def _builtin_steps() -> dict[str, StepDefinition[..., Any]]:
+    from durably.web import BUILTIN_STEPS
+
+    return {step.name: step for step in BUILTIN_STEPS}
 
 
 registry = Registry()
@@ -227,7 +248,7 @@ def step(
     """Marks a function, async or not, as a step: run by a worker, retried, its result recorded.
 
     Args:
-        fn: the function.
+        fn: the function. What a generator yields is written to a stream, whose handle is the step's result.
         max_retries: how many attempts may follow the first one.
         timeout: how long one attempt may run.
         queue: which workers run it.
@@ -239,8 +260,13 @@ def step(
     """
 
     def register(fn: Callable[..., Any]) -> StepDefinition[..., Any]:
-        if not inspect.isroutine(fn) or inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        if not inspect.isroutine(fn):
             raise RegistrationError(f"step {_place(fn)} is neither a function nor an async function")
+        if workflow_context() is not None:
+            raise RegistrationError(
+                f"step {_place(fn)} is defined while a workflow runs, and no worker would find it: define it at the top "
+                "level of a module, and pass to it what it needs"
+            )
         known_as = _name(fn, name)
         definition: StepDefinition[..., Any] = StepDefinition(
             name=known_as,
@@ -249,7 +275,8 @@ def step(
             max_retries=max_retries,
             timeout_ms=None if timeout is None else _timeout(known_as, timeout),
             backoff=DEFAULT_BACKOFF if backoff is None else _backoff(known_as, backoff),
-            is_async=inspect.iscoroutinefunction(fn),
+            is_async=inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn),
+            yields=inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn),
         )
         registry.add_step(definition)
         return definition

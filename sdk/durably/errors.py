@@ -10,7 +10,11 @@ DurablyError
 ├── RunCancelledError           the run was cancelled
 ├── RunBlockedError             the run waits for other code
 ├── RunNotFoundError            there is no such run
+├── HookNotFoundError           no open hook has this token (.token)
+├── HookConflictError           another run holds the token (.token, .run_id)
+├── HookDisposedError           the workflow waits for a hook that it disposed of itself (.token)
 ├── SerializationError          a value cannot be written or read; names the path
+│   └── PayloadCodecError       it went through a codec that this process does not have, or cannot undo
 ├── DeterminismError            workflow code did what only a step may do
 ├── NonDeterminismError         workflow code differs from what its log says it did
 ├── RegistrationError           a workflow or step cannot be registered, or is not
@@ -109,8 +113,43 @@ class RunNotFoundError(_RunError):
     """There is no run with this id."""
 
 
+class _HookError(DurablyError):
+    def __init__(self, message: str, token: str) -> None:
+        super().__init__(message, token)
+        self.token = token
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class HookNotFoundError(_HookError):
+    """No open hook has this token: it was never created, or not yet, or it was disposed of, or its run has ended."""
+
+
+class HookConflictError(_HookError):
+    """The custom token that a workflow asked for is held by another run's hook, or by another hook of this one.
+
+    Attributes:
+        token: the token.
+        run_id: the run that holds it.
+    """
+
+    def __init__(self, message: str, token: str, run_id: str) -> None:
+        super().__init__(message, token)
+        self.args = (message, token, run_id)
+        self.run_id = run_id
+
+
+class HookDisposedError(_HookError):
+    """The workflow waits for the payload of a hook that it has disposed of."""
+
+
 class SerializationError(DurablyError, TypeError):
     """A value cannot be written or read. The message names the path to it and the remedy."""
+
+
+class PayloadCodecError(SerializationError):
+    """A payload went through a codec, such as an encryption, that this process does not have or cannot undo."""
 
 
 class DeterminismError(DurablyError):
@@ -156,6 +195,14 @@ class Fenced(BrokerError):
 
 class RecordTooLarge(BrokerError):
     """A record is larger than its topic takes."""
+
+    @classmethod
+    def of(cls, what: str, size: int, limit: int) -> RecordTooLarge:
+        """The error in its usual words: what it is that has ``size`` bytes, and how many a record holds."""
+        return cls(
+            f"{what} takes {size:,} bytes, and a record holds {limit:,}: keep large data elsewhere and pass a reference, "
+            f"such as an object store's key, or raise max.message.bytes of the topics and message.max.bytes of the clients"
+        )
 
 
 class UnknownTopic(BrokerError):

@@ -34,6 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         dispatch: ``"committed"`` holds every step-request back until its cause is committed.
         data_dir: where a processor keeps its RocksDB; ``.durably``, or a folder on the embedded broker's path.
         group_instance_id: makes a processor a static member of its group (KIP-345).
+        gateway_url: where people reach the gateway, ``https://hooks.example.com``: the base of webhooks' URLs.
     """
 
     url: str
@@ -43,6 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     dispatch: Dispatch = "early"
     data_dir: Path = Path(".durably")
     group_instance_id: str | None = None
+    gateway_url: str | None = None
 
     @property
     def catalogue(self) -> Catalogue:
@@ -61,6 +63,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         dispatch: Dispatch | None = None,
         data_dir: str | Path | None = None,
         group_instance_id: str | None = None,
+        gateway_url: str | None = None,
     ) -> Settings:
         """Settings from arguments, and where one is None, from ``DURABLY_*`` in the environment.
 
@@ -80,6 +83,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             dispatch=source.dispatch(dispatch),
             data_dir=Path(source.text("data_dir", data_dir) or _home(where)),
             group_instance_id=source.text("group_instance_id", group_instance_id),
+            gateway_url=source.gateway_url(gateway_url),
         )
 
 
@@ -111,6 +115,12 @@ class _Source:
         if not value.isascii() or not value.isdigit() or int(value) < 1:
             raise self._bad("partitions", given, value, "use a whole number, 1 or more")
         return int(value)
+
+    def gateway_url(self, given: str | None) -> str | None:
+        value = self.text("gateway_url", given)
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise self._bad("gateway_url", given, value, "use the base of a URL, such as https://hooks.example.com")
+        return value
 
     def dispatch(self, given: Dispatch | None) -> Dispatch:
         value = self.text("dispatch", given) or "early"

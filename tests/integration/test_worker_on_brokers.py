@@ -1,12 +1,17 @@
-"""A worker on real brokers: what is asked for is answered, and after a restart it asks before it runs."""
+"""A worker on real brokers: it answers, asks before it runs again, ends what nobody waits for, and has a client."""
 
+import asyncio
+import threading
 import time
 
+import harness
 import pytest
-from durably import authoring, payloads
-from durably.authoring import Registry, step
+from durably import RunCancelledError, StepError, authoring, get_run, payloads, sleep, start
+from durably.authoring import Registry, step, workflow
 from durably.broker import connect
 from durably.broker.port import TP, Message
+from durably.cancellation import step_cancelled
+from durably.client.default import options
 from durably.worker import Worker
 from durably_schemas import Catalogue, Codec
 from durably_schemas.records import Reply, StepClaim, StepRequest, StepResult
@@ -106,3 +111,115 @@ def test_results_come_and_requests_left_behind_are_asked_about(broker_url, names
     reader.close()
     producer.close()
     broker.close()
+
+
+@pytest.fixture
+def system(broker_url, namespace, registry, tmp_path):
+    """A processor, a worker whose steps soon become leases, and a client."""
+    made = harness.System(broker_url, namespace, tmp_path)
+    made.start_processor(registry=registry)
+    made.start_worker(registry=registry, lease_after=0.2, heartbeat_every=0.2, lease_ttl=5.0, concurrency=2)
+    yield made
+    made.close()
+
+
+def test_steps_that_nobody_waits_for_any_more_end_and_free_their_slots(system):
+    ended, begun = {}, threading.Semaphore(0)
+
+    @step
+    async def endless(name: str) -> None:
+        begun.release()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError as e:
+            ended[name] = str(e)
+            raise
+
+    @step
+    def endless_in_a_thread(name: str) -> None:
+        begun.release()
+        while not step_cancelled():
+            time.sleep(0.01)
+        ended[name] = "asked"
+
+    @workflow
+    async def gives_up() -> str:
+        steps = [asyncio.create_task(endless("a")), asyncio.create_task(endless_in_a_thread("b"))]
+        await sleep("500ms")
+        for task in steps:
+            task.cancel()
+        await asyncio.wait(steps)
+        return await fine()
+
+    @workflow
+    async def returns_early() -> str:
+        background = asyncio.create_task(endless("c"))
+        await sleep("500ms")
+        return f"done: {background.done()}"
+
+    @workflow
+    async def is_cancelled() -> None:
+        await endless("d")
+
+    @step
+    async def fine() -> str:
+        return "fine"
+
+    assert system.client.start(gives_up).result(30) == "fine"  # both slots were taken until the two had ended
+    assert system.client.start(returns_early).result(30) == "done: False"
+    run = system.client.start(is_cancelled)
+    for _ in range(4):
+        assert begun.acquire(timeout=20)
+    run.cancel("enough")
+    with pytest.raises(RunCancelledError):
+        run.result(30)
+    until = time.monotonic() + 20
+    while len(ended) < 4:
+        assert time.monotonic() < until, ended
+        time.sleep(0.02)
+    assert "no longer wanted" in ended["a"]
+    assert ended["b"] == "asked"
+
+
+def test_a_step_that_cancels_itself_is_retried_and_its_workflow_is_told(system):
+    attempts = []
+
+    @step(backoff="10ms", max_retries=2)
+    async def resigns() -> None:
+        attempts.append(1)
+        raise asyncio.CancelledError
+
+    @workflow
+    async def flow() -> list[str]:
+        try:
+            await resigns()
+        except StepError as e:
+            return [e.type, e.message, *e.__notes__]
+        return []
+
+    kind, message, *notes = system.client.start(flow).result(30)
+    assert len(attempts) == 3
+    assert kind == "asyncio.exceptions:CancelledError"
+    assert "own code" in message
+    assert "failed after 2 retries" in notes
+
+
+def test_steps_start_and_follow_runs_by_the_workers_client(system, monkeypatch):
+    monkeypatch.delenv("DURABLY_URL", raising=False)
+
+    @workflow
+    async def child(x: int) -> int:
+        return 2 * x
+
+    @step
+    async def launch() -> list[int]:
+        run = await start(child, 1)
+        named = await options(run_id=f"{run.id}-b").start(child, 2)
+        assert await get_run(run.id).status() in {"pending", "running", "completed"}
+        return [await run.result(timeout=20), await named.result(timeout=20)]
+
+    @workflow
+    async def parent() -> list[int]:
+        return await launch()
+
+    assert system.client.start(parent).result(30) == [2, 4]

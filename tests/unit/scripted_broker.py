@@ -101,14 +101,15 @@ class Producer:
         self.acks: list = []
 
     def send(self, topic, value, *, key=None, partition=None, headers=(), on_ack=None):
-        assert topic == self.broker.catalogue.commands
+        assert topic in (self.broker.catalogue.commands, self.broker.catalogue.streams)
         record = CODEC.decode(value)
         with self.broker.changed:
             self.broker.put(topic, record, key=key.decode())
             self.broker.sent.append(record)
             self.acks.append(on_ack)
             self.broker.changed.notify_all()
-        self.broker.on_command(record)
+        if topic == self.broker.catalogue.commands:
+            self.broker.on_command(record)
 
     def poll(self, timeout=0.0):
         with self.broker.changed:
@@ -210,7 +211,8 @@ class ScriptedProcessor:
                 run_id=run_id, workflow=workflow, status="running", created_at=now, events=0, attributes=attributes
             )
             self.runs[run_id] = ScriptedRun(summary)
-            self.event(run_id, events.RunCreated(workflow=workflow, input=payloads.dump([[], {}], "input")))
+            made = command.input if command is not None else payloads.dump([[], {}], "input")
+            self.event(run_id, events.RunCreated(workflow=workflow, input=made, attributes=attributes))
             self.change(run_id, status="running")
         return self.runs[run_id]
 

@@ -19,7 +19,7 @@ def registry(monkeypatch):
 
 
 class Run:
-    run_id, workflow_name, started_at_ms = "wrun_1", "flow", 1_700_000_000_000
+    run_id, workflow_name, started_at_ms, url = "wrun_1", "flow", 1_700_000_000_000, "https://hooks.example"
 
     def __init__(self):
         self.slept = []
@@ -99,14 +99,57 @@ def test_bad_settings_are_refused_where_they_stand(options):
 
 
 def test_only_functions_are_steps_and_only_async_functions_workflows():
-    def generator():
-        yield
-
-    for bad in (generator, int):
-        with pytest.raises(RegistrationError):
-            step(bad)
+    with pytest.raises(RegistrationError, match="neither a function"):
+        step(int)
     with pytest.raises(RegistrationError, match="not an async def"):
         workflow(lambda: None)
+
+
+def test_a_step_that_is_a_generator_says_so_and_one_that_is_a_method_takes_its_instance_along(registry):
+    @step
+    async def ticks(n: int):
+        yield n
+
+    @step
+    def tocks(n: int):
+        yield n
+
+    assert (ticks.yields, ticks.is_async) == (True, True)
+    assert (tocks.yields, tocks.is_async) == (True, False)
+
+    class Shop:
+        name = "corner"
+
+        @step
+        async def sell(self, item: str) -> str:
+            return f"{self.name}: {item}"
+
+        @staticmethod
+        @step(name="opening")
+        def opening(hour: int) -> int:
+            return hour
+
+    shop = Shop()
+    assert asyncio.run(shop.sell("tea")) == "corner: tea"
+    assert shop.opening(9) == Shop.opening(9) == 9
+    value, _ = in_run(lambda: shop.sell("tea"))
+    assert value == ("sell", (shop, "tea"), {})
+
+
+def test_a_step_defined_while_a_workflow_runs_is_refused_since_no_worker_would_find_it(registry):
+    async def body():
+        @step
+        def inner() -> None: ...
+
+    with pytest.raises(RegistrationError, match="top level of a module"):
+        in_run(body)
+
+
+def test_steps_that_durably_brings_along_are_found_behind_the_users(registry):
+    from durably.authoring import Registry
+
+    assert Registry().step("durably.fetch").name == "durably.fetch"
+    assert Registry().step("nowhere") is None
 
 
 def test_two_functions_of_one_name_clash_and_a_reload_replaces(registry):

@@ -17,10 +17,11 @@ import durably.broker
 import pytest
 from durably import payloads
 from durably.broker.port import TopicState
-from durably.cli import output, processes
+from durably.cli import gateway, output, processes
 from durably.cli.app import app
 from durably.cli.watch import RunView
 from durably.client import connection
+from durably.errors import ConfigurationError
 from durably_schemas import Catalogue, events
 from durably_schemas.catalogue import partition_for
 from durably_schemas.codec import RECORDS
@@ -28,6 +29,7 @@ from durably_schemas.records import CancelRun, Error, StartRun, StreamWritten
 from rich.console import Console
 from typer.testing import CliRunner, Result
 from unit.scripted_broker import ScriptedBroker, ScriptedProcessor
+from unit.scripted_hooks import ScriptedHooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -250,6 +252,52 @@ def _step(name: str, queue: str) -> events.StepCreated:
     return events.StepCreated(step=name, queue=queue, input=value, fingerprint="f", max_retries=3, backoff=backoff)
 
 
+def test_a_run_is_done_again(broker: ScriptedBroker, processor: ScriptedProcessor, durably_: Any) -> None:
+    durably_("start", "greet", '"Ada"', "--run-id", "r1", "--attribute", "team=eu")
+    assert durably_("runs", "rerun", "r1", "--run-id", "r2").stdout == "r2\n"
+    again = json.loads(durably_("runs", "rerun", "r1", "--json").stdout)
+    assert (again["rerun_of"], again["run_id"].startswith("wrun_")) == ("r1", True)
+    starts = [c for c in broker.sent if isinstance(c, StartRun)]
+    assert len({(c.workflow, c.input.data, c.attributes["team"]) for c in starts}) == 1
+    assert "has a '|'" in durably_("runs", "rerun", "r1", "--run-id", "a|b").stderr
+    assert "there is no run nobody" in durably_("runs", "rerun", "nobody").stderr
+
+
+# hooks
+
+
+@pytest.fixture
+def hooks(broker: ScriptedBroker) -> ScriptedHooks:
+    return ScriptedHooks(broker)
+
+
+def test_hooks_are_listed_and_shown_with_their_metadata(hooks: ScriptedHooks, durably_: Any) -> None:
+    hooks.open("ship-7", metadata={"order": 7})
+    hooks.open("hook_aaaaaaaaaaaaaaaaaaaaaa.r2", "r2", webhook=True, response="manual")
+    hooks.start("r3", "other")
+    table = durably_("hooks", "list").stdout
+    assert "ship-7" in table
+    assert "webhook" in table
+    assert '{"order":7}' in table
+    assert [h["token"] for h in json.loads(durably_("hooks", "list", "--run", "r1", "--json").stdout)] == ["ship-7"]
+    assert json.loads(durably_("hooks", "list", "--workflow", "other", "--json").stdout) == []
+    assert len(json.loads(durably_("hooks", "list", "--limit", "1", "--json").stdout)) == 1
+    assert json.loads(durably_("hooks", "show", "ship-7", "--json").stdout)["metadata"] == {"order": 7}
+    assert "manual" in durably_("hooks", "show", "hook_aaaaaaaaaaaaaaaaaaaaaa.r2").stdout
+    assert "ship-7" in durably_("runs", "show", "r1").stdout
+    assert "may not have come that far yet" in durably_("hooks", "show", "nobody").stderr
+
+
+def test_a_hook_is_resumed_with_json(hooks: ScriptedHooks, durably_: Any) -> None:
+    hooks.open("t")
+    assert durably_("hooks", "resume", "t", '{"by": "Ada"}').stdout == "run r1 has it\n"
+    assert json.loads(durably_("hooks", "resume", "t", "--resume-id", "d", "--json").stdout)["run_id"] == "r1"
+    durably_("hooks", "resume", "t", "--resume-id", "d")
+    assert [payloads.load(r.payload) for r in hooks.received] == [{"by": "Ada"}, None]
+    assert durably_("hooks", "resume", "t", "{").exit_code == 2
+    assert durably_("hooks", "resume", "nobody").exit_code == 1
+
+
 # topics, schemas, health
 
 
@@ -327,34 +375,108 @@ def test_health_without_topics_names_them(broker: ScriptedBroker, durably_: Any)
 # processes
 
 
-def test_processes_are_found_by_name_and_given_settings_and_modules(
-    durably_: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[Any] = []
+class FakeGateway:
+    """A gateway that notes when it is started and stopped."""
+
+    def __init__(self, notes: list[Any], url: str) -> None:
+        self.notes, self.url = notes, url
+
+    def start(self) -> None:
+        self.notes.append("gateway started")
+
+    def stop(self) -> None:
+        self.notes.append("gateway stopped")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was asked of the modules that are found by name."""
+    noted: list[Any] = []
 
     class Fake:
         @staticmethod
         def run_processor(settings: Any, modules: Any, ready: Any) -> None:
             ready()
-            calls.append((settings.url, list(modules)))
+            noted.append((settings.url, list(modules)))
 
         @staticmethod
         def run_dev(settings: Any, modules: Any, ready: Any, **options: Any) -> None:
             ready()
-            calls.append((settings.url, list(modules), options))
+            noted.append((settings.url, settings.gateway_url, list(modules), options))
+
+        @staticmethod
+        def local_gateway(settings: Any, port: int) -> FakeGateway:
+            if port == 99:
+                raise ConfigurationError("cannot listen on 127.0.0.1 port 99")
+            return FakeGateway(noted, f"http://127.0.0.1:{port}")
+
+        @staticmethod
+        def serve(settings: Any, *, ready: Any, **options: Any) -> None:
+            ready("http://127.0.0.1:8233")
+            noted.append((settings.url, options))
 
     monkeypatch.setattr(processes.importlib, "import_module", lambda name: Fake)
+    return noted
+
+
+def test_processes_are_found_by_name_and_given_settings_and_modules(durably_: Any, calls: list[Any]) -> None:
     assert "processor ready" in durably_("processor", "a.py", "b").stderr
-    assert (
-        "--url embedded:x/y" in durably_("dev", "a.py", "--path", "x/y", "--queue", "gpu", "--concurrency", "3").stderr
-    )
-    durably_("dev", "a.py", url=False)
+    options = ["--path", "x/y", "--queue", "gpu", "--concurrency", "3", "--port", "0"]
+    assert "--url embedded:x/y" in durably_("dev", "a.py", *options).stderr
     assert calls == [
         ("kafka://scripted:1", ["a.py", "b"]),
-        ("embedded:x/y", ["a.py"], {"queues": ("gpu",), "concurrency": 3}),
-        ("embedded:.durably/dev", ["a.py"], {"queues": ("default",), "concurrency": 100}),
+        ("embedded:x/y", None, ["a.py"], {"queues": ("gpu",), "concurrency": 3}),
     ]
     assert "durably dev has a broker of its own" in durably_("dev", "a.py").stderr
+
+
+def test_dev_has_a_gateway_beside_it(durably_: Any, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "gateway at http://127.0.0.1:8233" in durably_("dev", "a.py", url=False).stderr
+    started, (_, gateway_url, *_rest), stopped = calls
+    assert (started, gateway_url, stopped) == ("gateway started", "http://127.0.0.1:8233", "gateway stopped")
+    monkeypatch.setenv("DURABLY_GATEWAY_URL", "https://hooks.example.com")
+    durably_("dev", "a.py", "--port", "9000", url=False)
+    assert calls[4][1] == "https://hooks.example.com"
+
+
+def test_dev_does_without_a_gateway_unless_its_port_was_asked_for(
+    durably_: Any, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "PORT", 99)
+    result = durably_("dev", "a.py", url=False)
+    assert (result.exit_code, calls[0][1]) == (0, None)
+    assert "no gateway: cannot listen" in result.stderr
+    assert "gateway at" not in result.stderr
+    assert durably_("dev", "a.py", "--port", "99", url=False).exit_code == 1
+    assert len(calls) == 1
+
+
+def test_the_gateway_is_given_its_address_and_token(
+    durably_: Any, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "gateway ready: http://127.0.0.1:8233, for kafka://scripted:1" in durably_("gateway").stderr
+    monkeypatch.setenv("DURABLY_GATEWAY_TOKEN", "s3cret")
+    durably_("gateway", "--host", "0.0.0.0", "--port", "80", "--projection", "runs.sqlite")
+    assert calls == [
+        ("kafka://scripted:1", {"host": "127.0.0.1", "port": 8233, "token": None, "projection": None}),
+        ("kafka://scripted:1", {"host": "0.0.0.0", "port": 80, "token": "s3cret", "projection": Path("runs.sqlite")}),
+    ]
+
+
+def test_without_the_extra_the_gateway_names_it(durably_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn")
+
+    monkeypatch.setattr(gateway.importlib, "import_module", missing)
+    result = durably_("gateway")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "needs uvicorn: pip install 'durably[http]'" in result.stderr
+
+
+def test_a_gateway_for_everybody_needs_a_token(durably_: Any) -> None:
+    result = durably_("gateway", "--host", "0.0.0.0", "--port", "0")
+    assert result.exit_code == 1
+    assert "DURABLY_GATEWAY_TOKEN" in result.stderr
 
 
 def test_an_installation_without_the_processor_says_so(durably_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +506,7 @@ def test_every_command_has_the_common_options() -> None:
     from typer.main import get_command
 
     found = commands(get_command(app))
-    assert len(found) == 14
+    assert len(found) == 19
     for one in found:
         assert {"url", "namespace", "json", "verbose"} <= {parameter.name for parameter in one.params}
 

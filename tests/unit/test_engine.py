@@ -10,30 +10,19 @@ from contextlib import nullcontext
 from datetime import datetime
 
 import pytest
-from durably import RetryableError, sleep, step
+from durably import HookConflictError, RetryableError, RunFailedError, create_hook, set_attributes, sleep
 from durably.authoring import Registry, WorkflowDefinition
-from durably.failures import to_error
-from durably.payloads import dump, dump_arguments, load
+from durably.children import start
+from durably.payloads import dump_arguments
 from durably_processor.engine import guards
 from durably_processor.engine.execution import Blocked, Environment, replay
 from durably_processor.engine.run import Run
-from durably_processor.engine.state import Header, RunState
+from durably_processor.engine.state import Header, OpenChild, OpenHook, RunState
 from durably_schemas import events as ev
 from durably_schemas import records as rec
+from engine_bench import T0, Bench, once, work
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-T0 = 1_700_000_000_000
-
-
-@step(max_retries=2, backoff="1s")
-async def work(x: object) -> object:
-    return x
-
-
-@step(max_retries=0)
-async def once(x: object) -> object:
-    return x
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,70 +30,6 @@ def _guarded():
     guards.install()
     yield
     guards.uninstall()
-
-
-class Bench:
-    """One run, driven by hand; every step returns its argument unless told otherwise."""
-
-    def __init__(self, fn, *args, run_id: str = "wrun_1", registry: Registry | None = None) -> None:
-        self.registry = registry or Registry()
-        self.registry.workflows["wf"] = WorkflowDefinition("wf", fn)
-        self.environment = Environment(self.registry, 1_000_000, {"default", "other"}, lambda _: nullcontext())
-        self.log: list[rec.Event] = []
-        self.open: list[rec.StepRequest] = []
-        self.now = T0
-        start = rec.StartRun(run_id=run_id, workflow="wf", input=dump_arguments(fn, args, {}, "wf"), requested_at=T0)
-        self.run, outcome = Run.start(start, T0, self.environment, lambda seq: iter(self.log[seq - 1 :]))
-        self.take(outcome)
-
-    def take(self, outcome) -> None:
-        self.log += outcome.events
-        self.open += [request for _, request in outcome.requests]
-
-    def result(
-        self, request: rec.StepRequest, value: object = None, error: BaseException | None = None, **more
-    ) -> None:
-        if request in self.open:
-            self.open.remove(request)
-        self.now += 10
-        args, _ = load(request.input)
-        result = dump(args[0] if value is None else value, "result")
-        outcome = (
-            rec.StepFailed(error=to_error(error), **more) if error is not None else rec.StepSucceeded(result=result)
-        )
-        self.take(
-            self.run.result(
-                rec.StepResult(
-                    run_id=request.run_id,
-                    step_id=request.step_id,
-                    attempt=request.attempt,
-                    fingerprint=request.fingerprint,
-                    outcome=outcome,
-                    started_at=self.now,
-                    finished_at=self.now,
-                    worker="w",
-                ),
-                self.now,
-            )
-        )
-
-    def next_timer(self) -> None:
-        correlation_id, item = min(self.run.state.items.items(), key=lambda pair: (pair[1].due, pair[0]))
-        self.now = max(self.now, item.due)
-        self.take(self.run.timer(correlation_id, item.due))
-
-    def types(self) -> list[str]:
-        return [event.type for event in self.log]
-
-    @property
-    def status(self) -> str:
-        return self.run.state.header.status
-
-    @property
-    def value(self) -> object:
-        last = self.log[-1].data
-        assert isinstance(last, ev.RunCompleted), last
-        return load(last.result)
 
 
 def test_a_sequential_run_logs_each_step_once_and_in_order():
@@ -481,6 +406,10 @@ leaf = st.one_of(
     st.tuples(st.just("step"), st.integers(0, 5)),
     st.tuples(st.just("sleep"), st.integers(1, 50)),
     st.tuples(st.just("random"), st.none()),
+    st.tuples(st.just("hook"), st.none()),
+    st.tuples(st.just("custom"), st.integers(0, 2)),
+    st.tuples(st.just("child"), st.integers(0, 5)),
+    st.tuples(st.just("attribute"), st.integers(0, 2)),
 )
 shapes = st.recursive(
     leaf,
@@ -500,6 +429,20 @@ shapes = st.recursive(
 
 async def interpret(shape):
     kind, arg = shape
+    if kind == "hook":
+        async with create_hook() as hook:
+            return await hook
+    if kind == "custom":
+        hook = create_hook(token=f"t{arg}")
+        try:
+            return await hook
+        except HookConflictError as e:
+            return e.run_id
+    if kind == "child":
+        return await (await start("other", arg)).result()
+    if kind == "attribute":
+        set_attributes(a=str(arg))
+        return None
     if kind == "step":
         return await work(arg)
     if kind == "sleep":
@@ -533,7 +476,7 @@ async def interpret(shape):
     if kind == "catch":
         try:
             return await interpret(arg)
-        except ZeroDivisionError as e:
+        except (ZeroDivisionError, RunFailedError) as e:
             return str(e)
     if kind == "queue":
         queue: asyncio.Queue = asyncio.Queue()
@@ -553,6 +496,24 @@ async def interpreted(shape):
     return await interpret(shape)
 
 
+def others(bench: Bench) -> list[str]:
+    """Open hooks and children."""
+    return [i for i, item in bench.run.state.items.items() if isinstance(item, OpenHook | OpenChild)]
+
+
+def settle(bench: Bench, item_id: str, choice: int) -> None:
+    """What the outside may do to one of them."""
+    item = bench.run.state.items[item_id]
+    if isinstance(item, OpenChild):
+        bench.child_ends(item_id, error=ZeroDivisionError("child") if choice % 5 == 0 else None, value=choice)
+    elif item.claiming and choice % 2:
+        bench.refuse(item.token, item_id)
+    elif item.claiming:
+        bench.grant(item.token, item_id)
+    else:
+        assert bench.resume(item.token, choice, f"r{len(bench.log)}", item_id) == "OK"
+
+
 def drive(shape, choices: list[int], *, evict: bool, cancel_after: int | None) -> Bench:
     bench = Bench(interpreted, shape)
     turn = 0
@@ -563,20 +524,30 @@ def drive(shape, choices: list[int], *, evict: bool, cancel_after: int | None) -
             bench.run.evict()
         if cancel_after == turn:
             bench.take(bench.run.cancel("test", bench.now))
-        elif bench.open and (choice % 4 or not any(hasattr(i, "due") for i in bench.run.state.items.values())):
+        elif choice % 3 == 0 and others(bench):
+            settle(bench, others(bench)[choice % len(others(bench))], choice)
+        elif bench.open and (choice % 4 or not any(i.due is not None for i in bench.run.state.items.values())):
             request = bench.open[choice % len(bench.open)]
             bench.result(
                 request, error=ZeroDivisionError("no") if choice % 7 == 0 else None, fatal=choice % 2 == 0
             ) if (choice % 7 == 0) else bench.result(request)
-        elif bench.run.state.items:
+        elif any(item.due is not None for item in bench.run.state.items.values()):
             bench.next_timer()
+        elif others(bench):
+            settle(bench, others(bench)[0], choice)
         else:
             break
         turn += 1
     return bench
 
 
-@settings(max_examples=150, deadline=None)
+_INPUTS = (
+    ev.StepStarted, ev.RunCancelling, ev.StepScheduled, ev.HookGranted, ev.HookConflict, ev.HookReceived,
+    ev.ChildCompleted,
+)  # fmt: skip
+
+
+@settings(max_examples=250, deadline=None)
 @given(shapes, st.lists(st.integers(0, 100), max_size=30), st.one_of(st.none(), st.integers(0, 6)))
 def test_live_evicted_and_replayed_executions_give_identical_logs(shape, choices, cancel_after):
     live = drive(shape, choices, evict=False, cancel_after=cancel_after)
@@ -589,13 +560,10 @@ def test_live_evicted_and_replayed_executions_give_identical_logs(shape, choices
     # From every prefix that ends with an input's consequences, replay asks for nothing that the log does not have.
     for end in range(2, len(live.log)):
         following = live.log[end].data
-        boundary = (
-            isinstance(following, ev.StepStarted | ev.RunCancelling | ev.StepScheduled)
-            or following == ev.WaitCompleted()
-        )
+        boundary = isinstance(following, _INPUTS) or following == ev.WaitCompleted()
         if boundary:
             replay(iter(live.log[:end]), live.environment).execution.close()
-        elif isinstance(following, ev.StepCreated | ev.WaitCreated | ev.RunCompleted):
+        elif isinstance(following, ev.StepCreated | ev.WaitCreated | ev.HookCreated | ev.RunCompleted):
             with pytest.raises(Blocked):
                 replay(iter(live.log[:end]), live.environment)
     live.run.evict()

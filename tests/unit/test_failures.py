@@ -1,13 +1,31 @@
 """Exceptions survive the log: class, arguments, causes and where they were raised."""
 
 import asyncio
+import dataclasses
+import json
+import subprocess
 import sys
 import types
+from datetime import UTC, datetime, timedelta
+from typing import Self
 
+import msgspec
+import pydantic
 import pytest
-from durably.errors import FatalError, RunNotFoundError, StepError
-from durably.failures import CAUSES, DATA, TRACEBACK, to_error, to_exception
-from durably_schemas.records import Error
+from durably import failures
+from durably.errors import (
+    FatalError,
+    HookConflictError,
+    NonDeterminismError,
+    RetryableError,
+    RunNotFoundError,
+    StepError,
+)
+from durably.failures import CAUSES, DATA, MEMBERS, TRACEBACK, to_error, to_exception
+from durably.serialization import serializable
+from durably_schemas.records import Error, Payload
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 class PaymentDeclined(Exception):
@@ -19,6 +37,55 @@ class PaymentDeclined(Exception):
 class Awkward(Exception):
     def __init__(self, *, needed: int) -> None:
         super().__init__("message", needed)
+
+
+class Declined(Exception):
+    """Keyword-only parameters."""
+
+    def __init__(self, *, code: int, account: str) -> None:
+        super().__init__(f"{code} for {account}")
+        self.code = code
+        self.account = account
+
+
+class Prefixed(Exception):
+    """Makes a message of its argument; made of the message it would make it once more."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"cannot {what}")
+
+
+class Missing(FileNotFoundError):
+    def __init__(self, *, path: str) -> None:
+        super().__init__(2, "missing", path)
+        self.extra = [path]
+
+
+@dataclasses.dataclass
+class Rejected(Exception):
+    code: int
+    reasons: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    code: int
+
+
+class Group(ExceptionGroup):
+    def __new__(cls, members: list[Exception], *, where: str) -> Self:
+        self = super().__new__(cls, f"in {where}", members)
+        self.where = where
+        return self
+
+    def __init__(self, members: list[Exception], *, where: str) -> None:
+        super().__init__()
+
+
+class Choosy(ExceptionGroup):
+    def __init__(self, message: str, members: list[Exception]) -> None:
+        if not all(isinstance(m, KeyError) for m in members):
+            raise TypeError
 
 
 class Unprintable(Exception):
@@ -69,15 +136,182 @@ def test_the_chain_is_bounded_also_where_it_is_a_ring():
     assert to_error(a).cause.cause is None
 
 
+def invalid() -> Exception:
+    try:
+        pydantic.TypeAdapter(int).validate_python("no number")
+    except pydantic.ValidationError as e:
+        return e
+    raise AssertionError
+
+
+def decoded(data: bytes) -> Exception:
+    try:
+        data.decode()
+    except UnicodeDecodeError as e:
+        return e
+    raise AssertionError
+
+
+def parsed(text: str) -> Exception:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as e:
+        return e
+    raise AssertionError
+
+
+def with_attributes() -> Exception:
+    exc = ValueError("x")
+    exc.code, exc.at, exc.file, exc.__dict__[3] = 5, datetime(2024, 1, 1, tzinfo=UTC), sys.stdout, 4
+    return exc
+
+
+EACH = [
+    Awkward(needed=1),
+    Declined(code=7, account="a"),
+    Prefixed("do it"),
+    Missing(path="a/b"),
+    Rejected(1, ["a"]),
+    Rejected(code=1, reasons=["a"]),
+    Frozen(3),
+    KeyError("k"),
+    OSError(2, "no", "file"),
+    PermissionError("only a text"),
+    ConnectionResetError(104, "gone"),
+    decoded(b"\xff"),
+    parsed("{"),
+    subprocess.CalledProcessError(3, ["ls", "-l"], output=b"out", stderr=b"err"),
+    subprocess.TimeoutExpired("ls", 3.5),
+    ImportError("no", name="n", path="p"),
+    msgspec.ValidationError("Expected `int`"),
+    RetryableError("later", retry_after=timedelta(seconds=3)),
+    NonDeterminismError("differs", "a", "b"),
+    HookConflictError("taken", "token", "run-1"),
+    with_attributes(),
+]
+
+
+@pytest.mark.parametrize("exc", EACH, ids=lambda e: type(e).__name__)
+def test_class_arguments_and_attributes_come_back(exc):
+    before = vars(exc).copy()
+    for told in (exc, raised(exc)):
+        back = to_exception(to_error(told))
+        assert type(back) is type(exc)
+        assert (back.args, str(back)) == (exc.args, str(exc))
+        found = {k: v for k, v in vars(back).items() if k != "__notes__"}
+        assert found == {k: v for k, v in before.items() if k != 3 and v is not sys.stdout}
+
+
+def test_what_is_kept_beside_the_attributes_comes_back():
+    assert to_exception(to_error(Missing(path="a/b"))).filename == "a/b"
+    assert to_exception(to_error(OSError(2, "no", "file"))).filename == "file"
+    assert to_exception(to_error(ImportError("no", name="n"))).name == "n"
+    assert to_exception(to_error(decoded(b"a\xff"))).start == 1
+
+
+def test_notes_come_back_before_the_traceback():
+    exc = raised(Frozen(1))
+    failures.add_note(exc, "on Friday")
+    failures.add_note(exc, "at noon")
+    back = to_exception(to_error(exc))
+    assert back.__notes__[:2] == ["on Friday", "at noon"]
+    assert back.__notes__[2].startswith("Recorded where it was raised:\n")
+    assert "Friday" not in back.__notes__[2]
+    assert len(to_exception(to_error(back)).__notes__) == 3, "that nobody raised again"
+
+
+def test_a_group_comes_back_with_its_members():
+    inner = ExceptionGroup("inner", [raised(Declined(code=1, account="a"), KeyError("k"))])
+    back = to_exception(to_error(raised(ExceptionGroup("outer", [ValueError(1), inner]))))
+    assert (type(back), back.message, len(back.exceptions)) == (ExceptionGroup, "outer", 2)
+    declined = back.exceptions[1].exceptions[0]
+    assert (type(declined), declined.code, type(declined.__cause__)) == (Declined, 1, KeyError)
+    assert "in raised" in declined.__notes__[0]
+    matched, rest = back.split(Declined)
+    assert len(matched.exceptions) == len(rest.exceptions) == 1
+
+
+def test_a_group_of_anything_comes_back_as_a_group_of_exceptions():
+    back = to_exception(
+        to_error(BaseExceptionGroup("all", [KeyboardInterrupt(), asyncio.CancelledError(), KeyError(1)]))
+    )
+    assert (type(back), back.message) == (ExceptionGroup, "all")
+    assert [type(member) for member in back.exceptions] == [StepError, StepError, KeyError]
+    assert back.exceptions[0].type == "builtins:KeyboardInterrupt"
+
+
+def test_groups_of_the_users_own_come_back():
+    back = to_exception(to_error(Group([KeyError(1)], where="here")))
+    assert (type(back), back.message, back.where, back.exceptions[0].args) == (Group, "in here", "here", (1,))
+    fits = to_exception(to_error(Choosy("m", [KeyError(1)])))
+    assert (type(fits), fits.message) == (Choosy, "m")
+
+
+def test_a_group_whose_class_is_not_here_is_a_group_all_the_same():
+    error = to_error(Group([KeyError(1)], where="here"))
+    back = to_exception(msgspec.structs.replace(error, type="gone:Group"))
+    assert (type(back), back.exceptions[0].args) == (ExceptionGroup, (1,))
+    assert back.__notes__ == ["Recorded as gone:Group, which cannot be rebuilt here"]
+
+
+def test_the_members_of_a_group_are_bounded_however_many_and_deep_they_are():
+    many = ExceptionGroup("many", [raised(ValueError("x" * 5000 + str(i))) for i in range(1000)])
+    error = to_error(many)
+    assert len(msgspec.msgpack.encode(error)) < DATA + 2 * TRACEBACK + MEMBERS * 300
+    back = to_exception(error)
+    assert len(back.exceptions) == MEMBERS
+    assert back.__notes__[0] == f"{1000 - MEMBERS} more of its exceptions are not recorded"
+    deep: Exception = ValueError("core")
+    for i in range(50):
+        deep = ExceptionGroup(str(i), [deep])
+    back = to_exception(to_error(deep))
+    for _ in range(CAUSES - 1):
+        back = back.exceptions[0]
+    assert type(back) is StepError, "a group without members is none"
+    assert back.__notes__ == ["1 more of its exceptions are not recorded"]
+
+
+def test_a_group_that_is_its_own_members_cause_comes_to_an_end():
+    member = KeyError(1)
+    group = ExceptionGroup("g", [member])
+    member.__cause__ = group
+    back = to_exception(to_error(group))
+    assert back.exceptions[0].__cause__ is None
+
+
+def test_an_attribute_that_cannot_be_read_takes_nothing_else_with_it():
+    @serializable(name="durably-tests.gone-later")
+    @dataclasses.dataclass
+    class Details:
+        x: int
+
+    exc = Declined(code=7, account="a")
+    exc.details = Details(1)
+    error = to_error(exc)
+    assert to_exception(error).details == Details(1)
+    unknown = msgspec.structs.replace(error.data, data=error.data.data.replace(b"gone-later", b"gone-since"))
+    back = to_exception(msgspec.structs.replace(error, data=unknown))
+    assert (type(back), back.code, hasattr(back, "details")) == (Declined, 7, False)
+
+
+@given(
+    st.binary(max_size=60),
+    st.sampled_from(["application/msgpack", "application/json", "x", "application/msgpack;codec=gzip"]),
+)
+def test_data_from_anywhere_is_taken_or_left(data, content_type):
+    error = Error(type="ValueError", message="bad", data=Payload(content_type=content_type, data=data))
+    assert isinstance(to_exception(error), Exception)
+    assert failures.revealed(error).type == "ValueError"
+
+
 @pytest.mark.parametrize(
     "exc",
     [
-        Awkward(needed=1),
         ValueError(object()),
         StopIteration(1),
         asyncio.CancelledError(),
         KeyboardInterrupt(),
-        ExceptionGroup("several", [ValueError("x")]),
+        invalid(),
         type("Local", (Exception,), {})("x"),
     ],
 )

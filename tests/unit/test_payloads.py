@@ -5,27 +5,34 @@ import dataclasses
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum, StrEnum
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import msgspec
+import pydantic
 import pytest
-from durably import payloads
-from durably.errors import SerializationError
+from durably import payload_types, payloads, step, workflow
+from durably.client import AsyncRun
+from durably.errors import RecordTooLarge, SerializationError
 from durably.payloads import JSON, MSGPACK, dump, dump_arguments, fingerprint, load, load_arguments
-from durably.streams import Writable
+from durably.streams import Readable, Writable
 from durably_schemas.records import Payload
 from hypothesis import given
 from hypothesis import strategies as st
 
 zones = st.none() | st.timedeltas(min_value=timedelta(hours=-23), max_value=timedelta(hours=23)).map(timezone)
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+paths = st.builds(Path, names) | st.builds(PurePosixPath, names) | st.builds(PureWindowsPath, names)
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
     | st.datetimes(timezones=zones) | st.dates() | st.times(timezones=zones) | st.timedeltas()
-    | st.decimals(allow_nan=False) | st.uuids()
+    | st.decimals(allow_nan=False) | st.uuids() | paths
 )  # fmt: skip
 hashables = st.recursive(
     scalars, lambda inner: st.tuples(inner, inner) | st.frozensets(inner, max_size=4), max_leaves=6
@@ -78,6 +85,38 @@ def test_bytes_do_not_depend_on_the_hash_seed():
     assert len(outs) == 1
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        datetime(2024, 10, 27, 2, 30, tzinfo=ZoneInfo("Europe/Berlin"), fold=1),
+        datetime(2024, 10, 27, 2, 30, tzinfo=ZoneInfo("Europe/Berlin")),
+        datetime(2024, 7, 1, tzinfo=ZoneInfo("UTC")),
+        datetime(2024, 7, 1, 1, fold=1),
+        datetime(2024, 7, 1, 1, tzinfo=timezone(timedelta(hours=2, minutes=3)), fold=1),
+    ],
+)
+def test_time_zones_come_back_by_name_and_folds_with_them(value):
+    back = load(dump(value, "it"))
+    assert (back, back.fold, back.utcoffset(), back.tzinfo) == (value, value.fold, value.utcoffset(), value.tzinfo)
+    assert type(back.tzinfo) is type(value.tzinfo)
+
+
+def test_a_time_zone_that_is_unknown_here_is_named():
+    data = dump(datetime(2024, 7, 1, tzinfo=ZoneInfo("Europe/Berlin")), "it").data.replace(b"Berlin", b"Atlant")
+    with pytest.raises(SerializationError, match=r"'Europe/Atlant' is unknown here: .* tzdata"):
+        load(Payload(content_type=MSGPACK, data=data))
+
+
+@pytest.mark.parametrize("raw", [bytearray(b"ab"), memoryview(b"ab"), memoryview(b"xaxb")[1::2]])
+def test_raw_data_come_back_as_bytes(raw):
+    assert load(dump([raw, raw], "it")) == [b"ab", b"ab"]
+
+
+def test_integers_have_no_bound():
+    for value in (1 - (1 << 50_000), 1 << 64, -(1 << 63) - 1, 255 << 64):
+        assert load(dump(value, "it")) == value
+
+
 def test_not_a_number_and_infinities_travel():
     nan, inf = load(dump([math.nan, -math.inf], "it"))
     assert math.isnan(nan)
@@ -117,6 +156,7 @@ class Size(StrEnum):
         ([Colour.RED, Size.BIG], tuple[Colour, Size]),
         ({UUID(int=1): date(2024, 1, 1)}, dict[UUID, date]),
         (1 << 70, int),
+        (-(1 << 63) - 1, int),
         ((1, "a"), tuple[int, str]),
         (Writable("run", "out"), Writable),
         ([Writable("run", "out")], list[Writable]),
@@ -141,6 +181,176 @@ def test_json_is_converted_by_annotation_and_else_taken_as_it_is():
     assert load(payload, Order) == Order([Line("a", Decimal("1.5"))], datetime(2024, 1, 1, tzinfo=UTC))
     assert load(payload)["at"] == "2024-01-01T00:00:00Z"
     assert load(Payload(content_type=JSON, data=b'{"1": "AQ=="}'), dict[int, bytes]) == {1: b"\1"}
+
+
+class Point(NamedTuple):
+    x: int
+    y: int = 0
+
+
+class Row(TypedDict):
+    id: UUID
+    due: date | None
+
+
+@dataclasses.dataclass
+class Cat:
+    lives: int
+
+
+@dataclasses.dataclass
+class Dog:
+    name: str
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "found"),
+    [
+        ('"2024-01-02"', date, date(2024, 1, 2)),
+        ('"PT90S"', timedelta, timedelta(seconds=90)),
+        ('"1.50"', Decimal, Decimal("1.50")),
+        ('["AQI="]', list[bytes], [b"\1\2"]),
+        ('"a/b"', Path, Path("a/b")),
+        ('"red"', Colour, Colour.RED),
+        ('"a"', Literal["a", "b"], "a"),
+        ("[1]", Point, Point(1)),
+        ('{"id": "00000000-0000-0000-0000-000000000001", "due": null}', Row, {"id": UUID(int=1), "due": None}),
+        ('{"1": ["2024-01-02"]}', dict[int, set[date]], {1: {date(2024, 1, 2)}}),
+        ('[{"name": "Rex"}, {"lives": 9}]', list[Cat | Dog], [Dog("Rex"), Cat(9)]),
+        ('{"a": [{"lives": 9}, null]}', dict[str, tuple[Cat | Dog | None, ...]], {"a": (Cat(9), None)}),
+        ('[{"lives": 9}, 1]', tuple[Cat | Dog, int], (Cat(9), 1)),
+        ('"x"', Annotated[Path | int, "of a file, or its descriptor"], Path("x")),
+        ("3", Path | int, 3),
+    ],
+)
+def test_json_becomes_what_the_annotation_says(text, hint, found):
+    back = load(Payload(content_type=JSON, data=text.encode()), hint)
+    assert back == found
+    assert type(back) is type(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "message"),
+    [
+        (
+            '{"lines": [{"sku": 1, "price": 1}], "at": "2024-01-01"}',
+            Order,
+            r"the value\.lines\[0\]\.sku does not fit Order",
+        ),
+        ('[{"name": 1}]', list[Cat | Dog], r"the value\[0\] does not fit .*Cat.*the value\[0\]\.name does not fit Dog"),
+        ("[1]", tuple[Cat | Dog, int], "has 1 items"),
+        ("3", list[Cat | Dog], "got int"),
+        ("3", dict[str, Cat | Dog], "got int"),
+        ('"x"', Literal["a"], "'x'"),
+        ("3", Path, "expected Path, got int"),
+    ],
+)
+def test_a_misfit_is_named_by_its_path(text, hint, message):
+    with pytest.raises(SerializationError, match=message):
+        load(Payload(content_type=JSON, data=text.encode()), hint)
+
+
+def test_a_text_is_no_base64_where_msgpack_has_bytes():
+    with pytest.raises(SerializationError, match="Expected `bytes`, got `str`"):
+        load(dump("AQ==", "it"), bytes)
+
+
+def test_annotations_that_nothing_can_be_held_against_are_left_alone():
+    assert load(dump([1], "it"), Iterable[int]) == [1]
+    assert load(dump(step_of_this_file, "it"), Callable[[int], int]) is step_of_this_file
+
+
+class Email(pydantic.BaseModel):
+    address: str = pydantic.Field(alias="e-mail")
+
+    @pydantic.computed_field
+    @property
+    def domain(self) -> str:
+        return self.address.partition("@")[2]
+
+
+def test_pydantic_models_are_read_by_field_and_by_alias():
+    email = Email.model_validate({"e-mail": "a@b.org"})
+    assert load(dump([email], "it"), list[Email]) == [email]
+    assert load(Payload(content_type=JSON, data=b'{"e-mail": "a@b.org"}'), Email) == email
+
+
+@step
+async def step_of_this_file(x: int) -> int:
+    return x
+
+
+@workflow
+async def workflow_of_this_file() -> None: ...
+
+
+def test_steps_and_workflows_are_found_by_name():
+    assert load(dump([step_of_this_file, step_of_this_file], "it")) == [step_of_this_file] * 2
+    assert load(dump(workflow_of_this_file, "it")) is workflow_of_this_file
+
+
+def test_a_step_keeps_its_options():
+    other = step_of_this_file.options(queue="gpu", timeout="3s", backoff="2s")
+    back = load(dump(other, "it"))
+    assert (back.fn, back.queue, back.timeout_ms, back.backoff, back.max_retries) == (
+        other.fn, "gpu", 3000, other.backoff, 3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (step_of_this_file, "no step named 'step_of_thiz_file' is registered here: load the module"),
+        (workflow_of_this_file, "no workflow named 'workflow_of_thiz_file' is registered here"),
+    ],
+)
+def test_what_is_not_registered_here_is_named(value, message):
+    data = dump(value, "it").data.replace(b"_this_", b"_thiz_")
+    with pytest.raises(SerializationError, match=message):
+        load(Payload(content_type=MSGPACK, data=data))
+
+
+class Handle:
+    __durably_run_handle__ = True
+
+    def __init__(self, run_id: str) -> None:
+        self.id = run_id
+
+
+def test_a_run_travels_as_its_id(monkeypatch):
+    monkeypatch.setattr(payload_types, "run_handle", Handle)
+    one = Handle("run-1")
+    back = load(dump([one, one], "it"), list[AsyncRun[str]])
+    assert [(type(run), run.id) for run in back] == [(Handle, "run-1")] * 2
+
+
+def test_streams_travel_as_their_names():
+    both = [Readable("run-1", "out"), Writable("run-1", "out")]
+    back = load(dump(both, "it"))
+    assert list(map(type, back)) == [Readable, Writable]
+    assert back == both
+
+
+class Declined(Exception):
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+def test_exceptions_are_values():
+    try:
+        raise Declined(code=5) from KeyError("a")
+    except Declined as e:
+        e.add_note("on Friday")
+        error = e
+    group = ExceptionGroup("all", [error, ExceptionGroup("some", [ValueError(1)])])
+    back = load(dump({"results": [1, group]}, "it"))["results"][1]
+    declined = back.exceptions[0]
+    assert (type(declined), declined.code, str(declined)) == (Declined, 5, "code 5")
+    assert declined.__notes__[0] == "on Friday"
+    assert "in test_exceptions_are_values" in declined.__notes__[1]
+    assert (type(declined.__cause__), declined.__cause__.args) == (KeyError, ("a",))
+    assert back.exceptions[1].exceptions[0].args == (1,)
 
 
 def cyclic() -> list[Any]:
@@ -174,11 +384,70 @@ def test_nesting_is_bounded():
         dump(deep, "it")
 
 
-def test_shared_references_are_copied():
-    shared = [1]
-    a, b = load(dump([shared, shared], "it"))
-    assert a == b == [1]
-    assert a is not b
+@dataclasses.dataclass(frozen=True)
+class Price:
+    cents: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Basket:
+    prices: list[int]
+
+
+def shared(thing: Any) -> list[Any]:
+    return [thing, {"again": thing}]
+
+
+@pytest.mark.parametrize(
+    ("value", "first", "second"),
+    [
+        (shared([]), r"\[0\]", r"it\[1\]\['again'\]"),
+        (shared({1}), r"\[0\]", r"it\[1\]\['again'\]"),
+        (shared({"a": 1}), r"\[0\]", r"it\[1\]\['again'\]"),
+        (shared(Line("a", Decimal(1))), r"\[0\]", r"it\[1\]\['again'\]"),
+        (shared(Order([], datetime(2024, 1, 1))), r"\[0\]", r"it\[1\]\['again'\]"),
+        (shared(ValueError("x")), r"\[0\]", r"it\[1\]\['again'\]"),
+        (shared(Basket([1])), r"\[0\]\.prices", r"it\[1\]\['again'\]\.prices"),
+        (shared(([1], 2)), r"\[0\]\[0\]", r"it\[1\]\['again'\]\[0\]"),
+        ({(1, 2): (a := [1]), "b": a}, r"\[\(1, 2\)\]", r"it\['b'\]"),
+    ],
+)
+def test_what_is_mutable_may_stand_in_one_place_only(value, first, second):
+    with pytest.raises(SerializationError, match=rf"{second}: appears twice, first at {first}; .* pass a copy"):
+        dump(value, "it")
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        "a", 1 << 80, b"b", (), (1, ("x",)), frozenset({1}), Decimal(1), date(2024, 1, 1), Colour.RED, Price(1),
+        Writable("run", "out"), Path("a"), None,
+    ],
+)  # fmt: skip
+def test_what_is_immutable_may_stand_anywhere(thing):
+    dump(shared(thing), "it")
+
+
+def test_what_an_enum_holds_is_no_part_of_the_value():
+    class Listed(Enum):
+        A = [1]  # noqa: RUF012
+
+    assert load(dump([Listed.A, Listed.A], "it")) == [[1], [1]]
+
+
+def test_temporaries_are_not_taken_for_each_other():
+    made = dataclasses.make_dataclass(
+        "Fresh", ["items"], namespace={"items": property(lambda self: [1, 2])}, init=False
+    )
+    assert load(dump([made() for _ in range(50)], "it")) == [{"items": [1, 2]}] * 50
+
+
+def test_arguments_that_share_are_named_by_their_parameters():
+    lines = [1]
+    with pytest.raises(SerializationError, match=r"the call: argument 'b'\['x'\]: appears twice, first at 'a';"):
+        dump_arguments(lambda a, b: None, (lines, {"x": lines}), {}, "the call")
+    with pytest.raises(SerializationError, match=r"argument 'b': appears twice, first at 'a'\[0\];"):
+        dump_arguments(lambda a, b: None, ([lines],), {"b": lines}, "the call")
 
 
 @given(st.binary(max_size=40), st.sampled_from([MSGPACK, JSON, "text/plain", ""]))
@@ -228,6 +497,23 @@ def test_arguments_are_checked_against_the_signature(args, kwargs, message):
 def test_an_argument_that_cannot_travel_is_named(args, kwargs, path):
     with pytest.raises(SerializationError, match=path):
         dump_arguments(charge, args, kwargs, "the call of charge")
+
+
+def counts() -> dict[str, int]: ...
+def finds() -> Line | None: ...
+def says(): ...
+
+
+def test_a_result_is_checked_where_it_arises():
+    assert load(payloads.dump_result(counts, {"a": 1}, "it")) == {"a": 1}
+    assert load(payloads.dump_result(finds, Line("a", Decimal(1)), "it"))["sku"] == "a"
+    assert load(payloads.dump_result(says, (1,), "it")) == (1,)
+    with pytest.raises(SerializationError, match=r"the result of step x\[...\] does not fit dict\[str, int\]: .*`str`"):
+        payloads.dump_result(counts, {"a": "b"}, "the result of step x")
+    with pytest.raises(SerializationError, match=r"the result of step x\.sku does not fit"):
+        payloads.dump_result(finds, Line(1, Decimal(1)), "the result of step x")  # type: ignore[arg-type]
+    with pytest.raises(SerializationError, match="<object object"):
+        payloads.dump_result(says, object(), "it")
 
 
 def of(text: str) -> Payload:
@@ -288,3 +574,19 @@ def test_fingerprints_tell_name_type_and_data_apart():
 
 def test_naive_times_stay_naive():
     assert load(dump(time(1, 2, 3, 4), "it")) == time(1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("code", [2, 4, 11, 17, 19])
+def test_nesting_from_anywhere_is_bounded(code):
+    data = b"\x90"
+    for _ in range(2000):
+        data = msgspec.msgpack.encode([msgspec.msgpack.Ext(code, data)])
+    with pytest.raises(SerializationError):
+        load(Payload(content_type=MSGPACK, data=data))
+
+
+def test_what_is_too_large_is_told_in_the_same_words_everywhere():
+    error = RecordTooLarge.of("the result of step x", 2_000_000, 1_000_000)
+    assert str(error).startswith("the result of step x takes 2,000,000 bytes, and a record holds 1,000,000: keep large")
+    assert "reference" in str(error)
+    assert "message.max.bytes" in str(error)

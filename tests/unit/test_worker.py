@@ -5,117 +5,40 @@ import contextlib
 import contextvars
 import threading
 import time
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from durably import authoring, payloads, runtime
-from durably.authoring import Registry, step
-from durably.broker.port import TP, Committed
+import worker_scene
+from durably import payloads, runtime
+from durably.authoring import step
+from durably.broker.port import TP, Message
 from durably.errors import BrokerError, FatalError, RetryableError, StepTimeoutError
 from durably.failures import to_exception
-from durably.streams import Writable, get_writable
+from durably.streams import Readable, Writable, get_writable
 from durably.worker import Worker
 from durably.worker.attempt import Attempt
 from durably.worker.claims import Claims
 from durably.worker.leases import Leases
+from durably.worker.replies import Replies
+from durably.worker.salvage import salvaged
 from durably.worker.tracker import Tracker
 from durably.worker.writers import UNACKNOWLEDGED
-from durably_schemas import Catalogue, Codec
 from durably_schemas.records import (
     DeadLetter,
     Payload,
-    Reply,
     StepClaim,
     StepFailed,
     StepHeartbeat,
-    StepRequest,
     StepResult,
     StepSucceeded,
     StreamChunk,
 )
-from fake_broker import FakeBroker
 from hypothesis import given
 from hypothesis import strategies as st
+from worker_scene import CATALOGUE, CODEC, REQUESTS, answer, ask_for, committed, request, results, sent, until
 
-CATALOGUE = Catalogue(partitions=2)
-REQUESTS = CATALOGUE.requests("default")
-CODEC = Codec()
-
-
-@pytest.fixture(autouse=True)
-def registry(monkeypatch):
-    fresh = Registry()
-    monkeypatch.setattr(authoring, "registry", fresh)
-    monkeypatch.setattr("durably.worker.intake.POLL", 0.02)
-    monkeypatch.setattr("durably.worker.outbox.RETRY", 0.1)
-    return fresh
-
-
-@pytest.fixture
-def broker():
-    broker = FakeBroker()
-    broker.create(CATALOGUE.topics())
-    return broker
-
-
-@pytest.fixture
-def start(broker, registry):
-    """Starts workers; stops them at the end."""
-    workers = []
-
-    def start(drain=1.0, **options):
-        options = {"lease_after": 5.0, "heartbeat_every": 0.05, "lease_ttl": 0.3, **options}
-        worker = Worker(broker, CATALOGUE, registry, **options)
-        before = len(broker.groups["durably.worker.default"].owner)
-        worker.start()
-        until(lambda: len(broker.groups["durably.worker.default"].owner) > before or before)
-        workers.append((worker, drain))
-        return worker
-
-    yield start
-    for worker, drain in workers:
-        worker.stop(drain)
-        worker.join()
-        assert worker.error is None
-
-
-def until(condition, timeout=5.0):
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "in vain"
-        time.sleep(0.002)
-
-
-def request(definition, *args, step_id="s1", attempt=1, payload=None, name=None, timeout=None):
-    return StepRequest(
-        run_id="run-1",
-        step_id=step_id,
-        step=name or definition.name,
-        attempt=attempt,
-        fingerprint="f",
-        input=payload or payloads.dump(([list(args), {}]), "input"),
-        workflow="flow",
-        workflow_started_at=1_000,
-        scheduled_at=2_000,
-        timeout=definition.timeout_ms if definition and timeout is None else timeout,
-    )
-
-
-def ask_for(broker, *requests, partition=0, headers=()):
-    for r in requests:
-        broker.append(REQUESTS, CODEC.encode(r), key=b"k", partition=partition, headers=headers)
-
-
-def sent(broker, kind, topic=None):
-    return [r for m in broker.records(topic or CATALOGUE.results) if isinstance(r := CODEC.decode(m.value), kind)]
-
-
-def results(broker, count):
-    until(lambda: len(sent(broker, StepResult)) >= count)
-    return sent(broker, StepResult)
-
-
-def committed(broker, partition=0):
-    return broker.groups["durably.worker.default"].committed.get(TP(REQUESTS, partition), Committed(-1, "")).offset
+broker, registry, start = worker_scene.broker, worker_scene.registry, worker_scene.start  # fixtures
+pytestmark = pytest.mark.usefixtures("registry")
 
 
 # What is below the low-water mark is finished.
@@ -230,9 +153,32 @@ def test_a_result_that_cannot_travel_or_is_too_large_fails_for_good(broker, star
     assert "result of step opaque" in found["s1"].error.message
     assert found["s2"].fatal
     assert "reference" in found["s2"].error.message
-    assert "5000 at most" in found["s2"].error.message
+    assert "holds 5,000" in found["s2"].error.message
     assert not found["s3"].fatal
     assert found["s3"].error.type == "builtins:ValueError"
+
+
+def test_a_result_that_is_not_what_the_function_says_fails_for_good(broker, start):
+    @step
+    async def count() -> int:
+        return "three"
+
+    @step
+    def names() -> list[str]:
+        return ["Ada", 7]
+
+    @step
+    async def fine() -> tuple[int, ...]:
+        return (1, 2)
+
+    start()
+    ask_for(broker, request(count), request(names, step_id="s2"), request(fine, step_id="s3"))
+    found = {r.step_id: r.outcome for r in results(broker, 3)}
+    for step_id, name in (("s1", "count"), ("s2", "names")):
+        assert found[step_id].fatal
+        assert found[step_id].error.type == "durably.errors:SerializationError"
+        assert f"the result of step {name}" in found[step_id].error.message
+    assert payloads.load(found["s3"].result) == (1, 2)
 
 
 def test_the_context_reaches_threads_and_nested_calls(broker, start):
@@ -325,6 +271,51 @@ def test_bad_requests_become_dead_letters_and_failures_where_they_can_be_read(br
     until(lambda: committed(broker) == 5)
 
 
+def test_a_request_of_another_version_fails_the_attempt_that_it_asks_for(broker, start):
+    def other_version(of, fingerprint=b"\1" * 8):
+        return CODEC.encode(of)[:2] + fingerprint + CODEC.encode(of)[10:] + b"what newer versions add"
+
+    asked = request(None, name="charge", step_id="s1", attempt=2, timeout=0)
+    start()
+    broker.append(REQUESTS, other_version(asked), key=b"s1", partition=0)
+    broker.append(REQUESTS, b"\0\0\0\0\7" + CODEC.encode(asked)[10:], key=b"s1", partition=0)  # Confluent's format
+    broker.append(REQUESTS, other_version(asked), key=b"s2", partition=0)  # not what its key says
+    broker.append(REQUESTS, CODEC.encode(asked)[:20], key=b"s1", partition=0)
+    broker.append(REQUESTS, None, key=b"s1", partition=0)
+    until(lambda: committed(broker) == 5)
+    found = sent(broker, StepResult)
+    assert [(r.run_id, r.step_id, r.attempt, r.fingerprint) for r in found] == [("run-1", "s1", 2, "f")] * 2
+    for r in found:
+        assert not r.outcome.fatal  # the next attempt may find a worker that knows the version
+        assert r.outcome.error.type == "durably.errors:SerializationError"
+        assert "step charge cannot be decoded by this worker" in r.outcome.error.message
+    assert "unknown schema fingerprint" in found[0].outcome.error.message
+    assert len(sent(broker, DeadLetter, CATALOGUE.dead_letters)) == 5
+
+
+@given(st.binary(), st.binary())
+def test_nothing_is_salvaged_from_noise(key, value):
+    for mark in (b"", b"\xc3\x01", b"\0"):
+        found = salvaged(Message("t", 0, 0, 0, key, mark + value, ()))
+        assert found is None or found.step_id.encode() == key
+
+
+def test_a_worker_that_can_run_nothing_says_so(broker, registry, caplog):
+    def told(*queues):
+        caplog.clear()
+        worker = Worker(broker, CATALOGUE, registry, queues=queues)
+        worker._check_steps()
+        worker.join()
+        return [r.getMessage() for r in caplog.records]
+
+    (message,) = told("default")
+    assert "no step is registered" in message
+    step(name="render", queue="gpu")(lambda: 1)
+    (message,) = told("default", "other")
+    assert "serves default, other, but its steps are for gpu" in message
+    assert not told("default", "gpu")
+
+
 def test_a_result_that_was_not_acknowledged_holds_its_offset_and_is_sent_again(broker, start):
     fine = step(name="fine")(lambda: 1)
     start(heartbeat_every=0.02)
@@ -338,11 +329,6 @@ def test_a_result_that_was_not_acknowledged_holds_its_offset_and_is_sent_again(b
 
 
 # Asking before running again.
-
-
-def answer(broker, claim, what, execution=1):
-    reply = Reply(request_id=claim.reply_to.request_id, claim=what, execution=execution)
-    broker.append(CATALOGUE.replies, CODEC.encode(reply), partition=claim.reply_to.partition)
 
 
 def test_a_request_older_than_the_assignment_is_asked_about_and_run_only_when_open(broker, start):
@@ -392,7 +378,7 @@ class Recorder:
     def claim(self, attempt, reply_to):
         self.claims.append(reply_to.request_id)
 
-    def heartbeat(self, attempt, ttl):
+    def heartbeat(self, attempt, ttl, reply_to=None):
         attempt.beat_at = CLOCK.t
         self.beats.append((CLOCK.t, ttl))
 
@@ -405,20 +391,13 @@ CLOCK = Ticks()
 
 def test_claims_are_sent_again_with_growing_pauses_until_they_are_answered(broker):
     outbox, start_time = Recorder(), CLOCK.t
-    claims = Claims(
-        broker,
-        replies=CATALOGUE.replies,
-        codec=CODEC,
-        outbox=outbox,
-        answered=lambda *_: None,
-        start_thread=lambda *_: None,
-        clock=CLOCK,
-    )
-    claims.ask("attempt")
+    replies = Replies(broker, CATALOGUE.replies, codec=CODEC, start_thread=lambda *_: None, clock=CLOCK)
+    claims = Claims(replies, outbox, lambda *_: None, clock=CLOCK)
+    claims.about("attempt")
     times = []
     while CLOCK.t < start_time + 60:
         before = len(outbox.claims)
-        claims.resend(0)
+        claims.ask(0)
         times += [CLOCK.t - start_time] * (len(outbox.claims) - before)
         CLOCK.t += 0.5
     assert times[:7] == [0, 1, 3, 7, 15, 25, 35]
@@ -428,11 +407,22 @@ def test_claims_are_sent_again_with_growing_pauses_until_they_are_answered(broke
 # Leases.
 
 
-def test_heartbeats_begin_after_a_while_and_come_regularly():
+def test_heartbeats_begin_after_a_while_and_come_regularly(broker):
     outbox, given_up = Recorder(), []
     attempt = Attempt(request(None, name="s", timeout=0), None, None)
     attempt.started = begun = CLOCK.t
-    leases = Leases(lambda: [attempt], outbox, given_up.append, after=5, every=4, ttl=20, clock=CLOCK)
+    replies = Replies(broker, CATALOGUE.replies, codec=CODEC, start_thread=lambda *_: None, clock=CLOCK)
+    leases = Leases(
+        lambda: [attempt],
+        outbox,
+        replies,
+        give_up=given_up.append,
+        cancel=lambda _: None,
+        after=5,
+        every=4,
+        ttl=20,
+        clock=CLOCK,
+    )
     while CLOCK.t < begun + 14:
         CLOCK.t = max(leases.look(), CLOCK.t)
     assert [(t - begun, ttl) for t, ttl in outbox.beats] == [(5, 20), (9, 20), (13, 20)]
@@ -674,7 +664,7 @@ def test_the_result_waits_for_the_last_acknowledgement_and_writing_waits_for_roo
         ("close twice", "closed by this step"),
         ("foreign", "belongs to run other"),
         ("opaque", "a chunk for stream"),
-        ("large", "write smaller chunks"),
+        ("large", "a record holds"),
     ],
 )
 def test_misuse_of_a_stream_fails_the_step_with_a_reason(broker, start, misuse, message):
@@ -718,3 +708,47 @@ def test_a_step_that_was_given_up_writes_nothing_more(broker, start):
     until(lambda: errors)
     assert "is over" in errors[0]
     assert not chunks(broker)
+
+
+def test_what_a_step_yields_goes_to_a_stream_whose_handle_is_its_result(broker, start):
+    async def count_async(n):
+        for i in range(n):
+            yield i
+
+    def count(n):
+        yield from range(n)
+
+    @step
+    async def from_async(n: int):
+        return count_async(n)
+
+    @step
+    def plain(n: int):
+        return count(n)
+
+    @step
+    async def generator(n: int) -> AsyncIterator[int]:
+        for i in range(n):
+            yield i
+
+    @step
+    def plain_generator(n: int) -> Iterator[int]:
+        yield from range(n)
+
+    @step
+    async def broken():
+        async for i in count_async(2):
+            del i
+        return (1 / 0 for _ in range(1))
+
+    start()
+    steps = [from_async, plain, generator, plain_generator]
+    ask_for(broker, *(request(s, 3, step_id=f"s{i}") for i, s in enumerate(steps)), request(broken, step_id="s9"))
+    found = {r.step_id: r for r in results(broker, 5)}
+    assert found["s9"].outcome.error.type == "builtins:ZeroDivisionError"
+    for step_id in ("s0", "s1", "s2", "s3"):
+        (written,) = found[step_id].streams
+        assert written.chunks == 3
+        kinds = [(n, kind, value) for namespace, n, kind, value in chunks(broker) if namespace == written.namespace]
+        assert kinds == [(1, "DATA", 0), (2, "DATA", 1), (3, "DATA", 2), (4, "END", None)]
+        assert payloads.load(found[step_id].outcome.result) == Readable("run-1", written.namespace)

@@ -13,34 +13,45 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable
 from contextlib import AbstractContextManager
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
-from durably import payloads
+from durably import attributes, failures, payloads, tokens
 from durably.authoring import Registry, StepDefinition, WorkflowDefinition
 from durably.durations import Duration, milliseconds
 from durably.errors import (
     ConfigurationError,
     DeterminismError,
     NonDeterminismError,
+    PayloadCodecError,
     RecordTooLarge,
     RegistrationError,
     SerializationError,
 )
-from durably.failures import to_error, to_exception
+from durably.failures import add_note, to_error, to_exception
+from durably.identifiers import ulid_of
+from durably.runtime import HookSink
 from durably_schemas import events as ev
 from durably_schemas.records import Error, Event, Payload
 
 from durably_processor.engine.loop import DeterministicLoop, Task
 from durably_processor.engine.watchdog import ActivationTimeout
 
+failures.leave_out(Path(__file__).parents[1])
+
 RECORD_OVERHEAD = 16_384
 """Room for what surrounds a payload in its record."""
 
 _COMMANDS = (
-    ev.StepCreated, ev.WaitCreated, ev.RunCompleted, ev.RunFailed, ev.RunCancelled,
+    ev.StepCreated, ev.StepCancelled, ev.WaitCreated, ev.HookCreated, ev.HookDisposed, ev.ChildCreated,
+    ev.ChildCancelling, ev.AttributesSet, ev.RunCompleted, ev.RunFailed, ev.RunCancelled,
 )  # fmt: skip
-_DELIVERIES = (ev.RunStarted, ev.StepCompleted, ev.StepFailed, ev.RunCancelling)
+_DELIVERIES = (
+    ev.RunStarted, ev.StepCompleted, ev.StepFailed, ev.HookGranted, ev.HookConflict, ev.HookReceived,
+    ev.ChildCompleted, ev.RunCancelling,
+)  # fmt: skip
 _STEP_ENDS = (ev.StepCompleted, ev.StepFailed)
+_HOOK_NEWS = (ev.HookReceived, ev.HookGranted, ev.HookConflict)
 
 
 class Command(NamedTuple):
@@ -66,6 +77,7 @@ class Environment:
         max_record_bytes: what one record may hold.
         queues: those whose topic exists; kept up to date from outside, since an activation does no I/O.
         watch: a context manager around each activation; raises `ActivationTimeout` within it when it takes too long.
+        gateway_url: where the gateway is, for the runs that start from now on.
     """
 
     def __init__(
@@ -74,6 +86,7 @@ class Environment:
         max_record_bytes: int,
         queues: Collection[str],
         watch: Callable[[str], AbstractContextManager[Any]],
+        gateway_url: str | None = None,
     ) -> None:
         self.registry = registry
         # The minor version counts as code: asyncio's own order of turns differs between them.
@@ -82,6 +95,7 @@ class Environment:
         self.max_payload_bytes = max_record_bytes - RECORD_OVERHEAD
         self.queues = queues
         self.watch = watch
+        self.gateway_url = gateway_url
 
     def workflow(self, name: str) -> WorkflowDefinition[..., Any]:
         """The workflow of this name. Raises `Blocked` where this processor has none."""
@@ -103,6 +117,8 @@ class Execution:
         self.run_id = run_id
         self.workflow_name = created.workflow
         self.started_at_ms = 0
+        self.url: str | None = None
+        self._nonce = created.nonce
         self._workflow = environment.workflow(created.workflow)
         self._environment = environment
         self._input = created.input
@@ -112,7 +128,11 @@ class Execution:
         self._ordinal = 0
         self._futures: dict[str, asyncio.Future[Payload]] = {}
         self._timers: dict[int, str] = {}
-        self._commands: dict[str, Command] = {}  # by correlation id, in the order they arose
+        self._hooks: dict[str, HookSink] = {}
+        self._hook_ordinal = 0
+        self._children: dict[str, asyncio.Future[ev.ChildCompleted]] = {}
+        self._attributes: dict[str, str | None] = dict(created.attributes)
+        self._commands: dict[str, Command] = {}  # by what they are about, in the order they arose
         self._obstacle: BaseException | None = None
         self._cancel_reason: str | None = None
         self._cancelling = False
@@ -164,15 +184,36 @@ class Execution:
             timer = int((correlation_id or "").removeprefix("wait_"))
             if self._timers.pop(timer, None) is not None:  # else the workflow dropped it while its run was blocked
                 self._loop.fire(timer)
+        elif isinstance(data, _HOOK_NEWS):
+            self._tell_hook(correlation_id or "", data)
+        elif isinstance(data, ev.ChildCompleted):
+            ended = self._children.get(correlation_id or "")
+            if ended is not None and not ended.done():
+                ended.set_result(data)
         elif isinstance(data, ev.RunStarted):
-            self.started_at_ms = event.at
+            self.started_at_ms, self.url = event.at, data.url
             self._main = self._loop.create_task(self._body(), name=self.workflow_name)
         elif isinstance(data, ev.RunCancelling) and self._main is not None:
             self._cancelling, self._cancel_reason = True, data.reason
             self._main.cancel(data.reason)
 
+    def _tell_hook(self, hook_id: str, data: ev.HookReceived | ev.HookGranted | ev.HookConflict) -> None:
+        sink = self._hooks.get(hook_id)
+        if sink is None:
+            return  # disposed of while the run was blocked
+        if isinstance(data, ev.HookReceived):
+            sink.received(data.payload)
+        elif isinstance(data, ev.HookGranted):
+            sink.granted()
+        else:
+            del self._hooks[hook_id]
+            sink.refused(data.holder_run_id)
+
     async def _body(self) -> Any:
-        args, kwargs = payloads.load_arguments(self._input, self._workflow.fn)
+        try:
+            args, kwargs = payloads.load_arguments(self._input, self._workflow.fn)
+        except PayloadCodecError as e:
+            await self._park(e)
         return await self._workflow.fn(*args, **kwargs)
 
     def _outcome(self, main: Task[Any]) -> ev.EventData:
@@ -185,8 +226,9 @@ class Execution:
             raise Blocked(to_error(error)) from error
         if error is None:
             try:
-                result = payloads.dump(main.result(), f"the result of workflow {self.workflow_name!r}")
-                self._check_size(result, f"the result of workflow {self.workflow_name!r}")
+                what = f"the result of workflow {self.workflow_name!r}"
+                result = payloads.dump_result(self._workflow.fn, main.result(), what)
+                self._check_size(result, what)
                 return ev.RunCompleted(result=result)
             except (SerializationError, RecordTooLarge) as e:
                 error = e
@@ -196,7 +238,10 @@ class Execution:
 
     async def call_step(self, step: StepDefinition[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A recorded step: its request is a command, its result a delivery."""
-        payload = payloads.dump_arguments(step.fn, args, kwargs, f"step {step.name!r}")
+        plain = payloads.plain_arguments(step.fn, args, kwargs, f"step {step.name!r}")
+        # Of the plain input, and in the way of the run's own: a codec may write the same in other bytes each time.
+        fingerprint = payloads.fingerprint(step.name, plain, self._input)
+        payload = payloads.encode(plain)
         self._check_size(payload, f"the arguments of step {step.name!r}")
         if step.queue not in self._environment.queues:
             await self._park(
@@ -205,7 +250,6 @@ class Execution:
                     f"create it with `durably topics create --queue {step.queue}`, then restart the processors"
                 )
             )
-        fingerprint = payloads.fingerprint(step.name, payload)
         step_id = self._name_step(fingerprint)
         future = self._futures[step_id] = self._loop.create_future()
         created = ev.StepCreated(
@@ -218,12 +262,120 @@ class Execution:
             timeout=step.timeout_ms,
         )
         self._commands[step_id] = Command(created, step_id)
-        result = await future
-        return payloads.load(result, payloads.result_type(step.fn))
+        try:
+            result = await future
+        except asyncio.CancelledError:
+            self._give_up(step_id)
+            raise
+        return await self.load(result, Any if step.yields else payloads.result_type(step.fn))
+
+    async def load(self, payload: Payload, type: Any) -> Any:  # noqa: A002 - as of `payloads`
+        """The value of a payload. A codec that is missing here is the processor's fault: the run is blocked."""
+        try:
+            return payloads.load(payload, type)
+        except PayloadCodecError as e:
+            await self._park(e)
+
+    def _give_up(self, step_id: str) -> None:
+        # Only while the result is still to come, and not while the run is being dropped.
+        if self._loop.dead or self._futures.pop(step_id, None) is None:
+            return
+        if self._commands.pop(step_id, None) is None:  # else it was never recorded, and leaves no trace
+            self._commands[f"{step_id}/cancelled"] = Command(ev.StepCancelled(), step_id)
 
     def sleep(self, value: Duration) -> Coroutine[Any, Any, None]:
         """A durable wait of this length from the workflow's own time, or until an instant."""
         return asyncio.sleep(milliseconds(value, now=self._loop.now_ms) / 1000)
+
+    def open_hook(
+        self, sink: HookSink, token: str | None, metadata: Payload | None, *, webhook: bool, response: Payload | None
+    ) -> tuple[str, str]:
+        """A hook is a command; what becomes of it are deliveries."""
+        self._loop.check_alive()
+        for payload, what in ((metadata, "the metadata"), (response, "the response")):
+            if payload is not None:
+                self._check_size(payload, f"{what} of a hook")
+        self._hook_ordinal += 1
+        hook_id = f"hook_{self._hook_ordinal}"
+        if token is None:
+            token = tokens.default_token(self.run_id, self._nonce, self._hook_ordinal)
+        self._hooks[hook_id] = sink
+        created = ev.HookCreated(token=token, metadata=metadata, webhook=webhook, response=response)
+        self._commands[hook_id] = Command(created, hook_id)
+        return hook_id, token
+
+    def close_hook(self, hook_id: str) -> None:
+        """Gives the token back; nothing where it never was the run's."""
+        self._loop.check_alive()
+        if self._hooks.pop(hook_id, None) is not None:
+            self._commands[f"{hook_id}/disposed"] = Command(ev.HookDisposed(), hook_id)
+
+    def start_child(
+        self,
+        workflow: str,
+        input: Payload,  # noqa: A002 - as the record names it
+        *,
+        run_id: str | None,
+        attributes: dict[str, str],
+        start_at: int | None,
+        cancel: bool,
+    ) -> tuple[str, str]:
+        """Another run: a command whose effect is the record that any client would send."""
+        self._check_size(input, f"the arguments of workflow {workflow!r}")
+        child_id = self._open_child()
+        if run_id is None:
+            seed = blake2b(f"{self.run_id}\0{self._nonce}\0{child_id}".encode(), digest_size=10).digest()
+            run_id = f"wrun_{ulid_of(self._loop.now_ms, int.from_bytes(seed, 'big'))}"
+        created = ev.ChildCreated(
+            child_run_id=run_id,
+            workflow=workflow,
+            input=input,
+            attributes=attributes,
+            start_at=start_at,
+            cancel=cancel,
+        )
+        self._commands[child_id] = Command(created, child_id)
+        return run_id, child_id
+
+    def watch_run(self, run_id: str) -> str:
+        """A run that is somebody else's is recorded as a child without a workflow."""
+        child_id = self._open_child()
+        nothing = Payload(content_type=payloads.MSGPACK, data=b"")
+        created = ev.ChildCreated(child_run_id=run_id, workflow="", input=nothing)
+        self._commands[child_id] = Command(created, child_id)
+        return child_id
+
+    def _open_child(self) -> str:
+        self._loop.check_alive()
+        child_id = f"child_{len(self._children) + 1}"
+        self._children[child_id] = self._loop.create_future()
+        return child_id
+
+    async def child_outcome(self, child_id: str) -> ev.ChildCompleted:
+        """How it ended. Whoever stops waiting takes nothing from others who wait."""
+        return await asyncio.shield(self._children[child_id])
+
+    def cancel_child(self, child_id: str, reason: str | None) -> None:
+        """A command; nothing where the child has ended."""
+        self._loop.check_alive()
+        if not self._children[child_id].done():
+            self._commands[f"{child_id}/cancelling"] = Command(ev.ChildCancelling(reason=reason), child_id)
+
+    def set_attributes(self, changes: dict[str, str | None]) -> None:
+        """A command. Changes of one activation are recorded as one."""
+        self._loop.check_alive()
+        merged = {**self._attributes, **changes}
+        attributes.check_size(merged)
+        self._attributes = merged
+        before = self._commands.pop("attributes", None)
+        if before is not None:
+            assert isinstance(before.data, ev.AttributesSet)
+            changes = {**before.data.attributes, **changes}
+        self._commands["attributes"] = Command(ev.AttributesSet(attributes=changes))
+
+    def now_ms(self) -> int:
+        """That of the event which is being delivered."""
+        return self._loop.now_ms
 
     def _name_step(self, fingerprint: str) -> str:
         # Unique across runs, since it is the idempotency key that steps hand to other systems; and different for
@@ -235,14 +387,13 @@ class Execution:
     def _check_size(self, payload: Payload, what: str) -> None:
         size, limit = len(payload.data), self._environment.max_payload_bytes
         if size > limit:
-            raise RecordTooLarge(
-                f"{what}: {size:,} bytes, but a record holds {limit:,}: keep large data elsewhere and pass a reference"
-            )
+            raise RecordTooLarge.of(what, size, limit)
 
-    async def _park(self, obstacle: BaseException) -> None:
+    async def _park(self, obstacle: BaseException) -> NoReturn:
         # Not an exception: user code must not be able to catch what is no fault of the run.
         self._obstacle = self._obstacle or obstacle
-        await self._loop.create_future()
+        while True:
+            await self._loop.create_future()
 
     # -- what the loop tells us ------------------------------------------------------------------------------------
 
@@ -262,7 +413,7 @@ def _exception_of(data: ev.StepFailed) -> BaseException:
     error = to_exception(data.error)
     if data.attempt > 1:
         retries = data.attempt - 1
-        error.add_note(f"failed after {retries} {'retry' if retries == 1 else 'retries'}")
+        add_note(error, f"failed after {retries} {'retry' if retries == 1 else 'retries'}")
     return error
 
 
@@ -341,8 +492,24 @@ class _Replaying:
 
 
 def _compare(event: Event, command: Command | None) -> None:
-    if command is None or type(command.data) is not type(event.data) or command.correlation_id != event.correlation_id:
+    if (
+        command is None
+        or type(command.data) is not type(event.data)
+        or command.correlation_id != event.correlation_id
+        or _identity(command.data) != _identity(event.data)
+    ):
         _diverged(event, command)
+
+
+def _identity(data: ev.EventData) -> object:
+    """What a command must have in common with the log's, besides its kind and its id. A step's id says it all."""
+    if isinstance(data, ev.HookCreated):
+        return data.token
+    if isinstance(data, ev.ChildCreated):
+        return data.child_run_id, data.workflow
+    if isinstance(data, ev.AttributesSet):
+        return data.attributes
+    return None
 
 
 def _diverged(event: Event | None, command: Command | None) -> None:
@@ -358,4 +525,10 @@ def _describe(data: ev.EventData, correlation_id: str | None) -> str:
     name = ev.TYPE_OF[type(data)]
     if isinstance(data, ev.StepCreated):
         return f"{name} {data.step} ({correlation_id})"
+    if isinstance(data, ev.HookCreated):
+        return f"{name} {data.token} ({correlation_id})"
+    if isinstance(data, ev.ChildCreated):
+        return f"{name} {data.workflow} {data.child_run_id} ({correlation_id})"
+    if isinstance(data, ev.AttributesSet):
+        return f"{name} {data.attributes}"
     return f"{name} ({correlation_id})" if correlation_id else name

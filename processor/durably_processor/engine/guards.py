@@ -97,7 +97,10 @@ def _rebind_modules(new: dict[int, tuple[object, object]]) -> None:
             continue
         if not isinstance(module, types.ModuleType):
             continue
-        namespace = object.__getattribute__(module, "__dict__")  # a lazy module's own would import it
+        try:
+            namespace = object.__getattribute__(module, "__dict__")  # a lazy module's own would import it
+        except AttributeError:  # the modules that cffi makes have none
+            continue
         for key, value in list(namespace.items()):
             if id(value) in new:
                 namespace[key] = new[id(value)][1]

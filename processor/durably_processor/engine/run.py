@@ -1,4 +1,4 @@
-"""One run: takes one input, answers with the events to append and the requests to hand out.
+"""One run: takes one input, answers with the events to append, and the requests, signals and commands to send.
 
 What each input does, by the state that it finds (anything else is a duplicate or too late, and changes nothing):
 
@@ -8,6 +8,11 @@ What each input does, by the state that it finds (anything else is a duplicate o
     heartbeat           step scheduled          step_started with a lease;  leased: the lease is extended
     claim               step scheduled          step_started, answer OPEN;  leased: LEASED;  else: DONE
     cancel              running                 run_cancelling, commands;  pending or blocked: run_cancelled
+    resume              hook active             hook_received, commands
+    token granted       hook claiming           hook_granted, commands, the steps that were held;  else: a release
+    token refused       hook claiming           hook_conflict, commands, the steps that were held
+    child finished      child open              child_completed, commands
+    watch               not ended               run_watched;  ended: its end is told at once
     timer of a wait     open                    wait_completed, commands
     timer of a step     backoff, scheduled      step_scheduled and a request
                         leased                  step_retrying | step_failed
@@ -16,19 +21,34 @@ What each input does, by the state that it finds (anything else is a duplicate o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
+from typing import Literal
 
 import msgspec
-from durably.errors import StepTimeoutError, WorkerLostError
+from durably import payloads, tokens
+from durably.errors import RunCancelledError, StepTimeoutError, WorkerLostError
 from durably.failures import to_error
 from durably_schemas import events as ev
 from durably_schemas import records as rec
 from durably_schemas.records import ClaimAnswer, Error, Event
 
 from durably_processor.engine.execution import Blocked, Command, Environment, Execution, replay
-from durably_processor.engine.state import START, OpenStep, OpenWait, RunState, created
+from durably_processor.engine.state import START, OpenChild, OpenHook, OpenItem, OpenStep, OpenWait, RunState, created
 
 CRASHES_TOLERATED = 3
 """A step's attempt may be handed out again this often beyond its retries before it counts as deadly."""
+
+
+Signal = rec.ClaimToken | rec.ReleaseToken | rec.WatchRun | rec.ChildFinished
+Resumed = Literal["OK", "DISPOSED", "ENDED", "UNKNOWN"]
+
+_WATCHED_ONLY = ""  # the workflow of a child that somebody else started
+_ENDS: dict[type[rec.Record], rec.RunStatus] = {
+    ev.RunCompleted: "completed",
+    ev.RunFailed: "failed",
+    ev.RunCancelled: "cancelled",
+}
+_TOKEN_SETTLED = (ev.HookGranted, ev.HookConflict, ev.HookDisposed)
 
 
 class Outcome(msgspec.Struct):
@@ -36,6 +56,8 @@ class Outcome(msgspec.Struct):
 
     events: list[Event] = []
     requests: list[tuple[str, rec.StepRequest]] = []  # with their queue
+    signals: list[Signal] = []
+    commands: list[rec.StartRun | rec.CancelRun] = []
 
 
 class Run:
@@ -47,7 +69,7 @@ class Run:
         history: the run's log from a seq on; asked for only while every event is in it.
     """
 
-    __slots__ = ("_environment", "_execution", "_history", "_out", "state")
+    __slots__ = ("_end", "_environment", "_execution", "_history", "_out", "state")
 
     def __init__(self, state: RunState, environment: Environment, history: Callable[[int], Iterable[Event]]) -> None:
         self.state = state
@@ -55,6 +77,7 @@ class Run:
         self._history = history
         self._execution: Execution | None = None
         self._out = Outcome()
+        self._end: ev.EventData | None = None  # how it ended, where that was just now: the log may not have it yet
 
     def evict(self) -> None:
         """Drops the coroutine; the next delivery brings it back by replay."""
@@ -77,11 +100,12 @@ class Run:
         """A new run; with an ``obstacle`` it is created blocked."""
         data = ev.RunCreated(
             workflow=command.workflow,
-            input=command.input,
+            input=payloads.encode(command.input),
             attributes=command.attributes,
             parent=command.parent,
             start_at=command.start_at,
             traceparent=traceparent,
+            nonce=command.nonce,
         )
         first = ev.event(command.run_id, 1, at, data)
         run = cls(created(first), environment, history)
@@ -171,12 +195,71 @@ class Run:
             self._emit(ev.RunCancelled(reason=reason), at)
         return self._answer()
 
+    def resume(
+        self, token: str, hook_id: str | None, resume_id: str, payload: rec.Payload, at: int
+    ) -> tuple[Outcome, Resumed]:
+        """Outside data for a hook; ``hook_id`` where the owner of its custom token knows which one holds it.
+
+        Whether the resume was there before is for the caller to know: it may be as old as the run.
+        """
+        if self.state.terminal:
+            return self._answer(), "ENDED"
+        hook_id = hook_id or self.state.hooks.get(token)
+        if hook_id is None:
+            return self._answer(), "UNKNOWN"
+        hook = self.state.items.get(hook_id)
+        if not isinstance(hook, OpenHook):
+            return self._answer(), "DISPOSED"
+        at = self._clamp(at)
+        if hook.claiming:  # whoever delivers to it knows that it holds the token
+            self._deliver(ev.HookGranted(), at, hook_id)
+        self._deliver(ev.HookReceived(resume_id=resume_id, payload=payload), at, hook_id)
+        return self._answer(), "OK"
+
+    def granted(self, record: rec.TokenGranted, at: int) -> Outcome:
+        """The token is the run's. Where the run does not want it any more, it goes back."""
+        hook = self.state.items.get(record.hook_id)
+        if not isinstance(hook, OpenHook):
+            self._release(record.token, record.hook_id)
+        elif hook.claiming:
+            self._deliver(ev.HookGranted(), self._clamp(at), record.hook_id)
+        return self._answer()
+
+    def refused(self, record: rec.TokenRefused, at: int) -> Outcome:
+        """Another hook holds the token."""
+        hook = self.state.items.get(record.hook_id)
+        if isinstance(hook, OpenHook) and hook.claiming:
+            conflict = ev.HookConflict(token=record.token, holder_run_id=record.holder_run_id)
+            self._deliver(conflict, self._clamp(at), record.hook_id)
+        return self._answer()
+
+    def child_finished(self, record: rec.ChildFinished, at: int) -> Outcome:
+        """A run that this one waits for has ended."""
+        child = self.state.items.get(record.correlation_id)
+        if isinstance(child, OpenChild) and child.run_id == record.child_run_id:
+            done = ev.ChildCompleted(status=record.status, result=record.result, error=record.error)
+            self._deliver(done, self._clamp(at), record.correlation_id)
+        return self._answer()
+
+    def watch(self, watcher: tuple[str, str], at: int) -> Outcome:
+        """Another run waits for the end of this one."""
+        header = self.state.header
+        parent = header.parent
+        if parent is not None and (parent.run_id, parent.correlation_id) == watcher:
+            return self._answer()  # it started this run, and will be told
+        if self.state.terminal:
+            self._tell(watcher, self._end or next(iter(self._history(header.seq))).data)
+        elif watcher not in header.watchers:
+            self._emit(ev.RunWatched(run_id=watcher[0], correlation_id=watcher[1]), self._clamp(at))
+        return self._answer()
+
     def timer(self, correlation_id: str, due: int) -> Outcome:
         """The time of an open item has come; a timer that was moved or closed in the meantime does nothing."""
         item = self.state.items.get(correlation_id)
         if item is None or item.due != due:
             return self._answer()
         at = self._clamp(due)
+        assert isinstance(item, OpenStep | OpenWait), item  # the others have no timer
         if isinstance(item, OpenWait):
             if correlation_id == START:
                 self._begin(at)
@@ -231,10 +314,59 @@ class Run:
         return max(at, self.state.header.at)
 
     def _emit(self, data: ev.EventData, at: int, correlation_id: str | None = None) -> Event:
-        event = ev.event(self.state.header.run_id, self.state.header.seq + 1, at, data, correlation_id)
-        self.state.apply(event)
+        state = self.state
+        event = ev.event(state.header.run_id, state.header.seq + 1, at, data, correlation_id)
+        if type(data) in _ENDS:
+            self._settle(data, at)
+        held = state.held() if state.claiming and isinstance(data, _TOKEN_SETTLED) else ()
+        state.apply(event)
         self._out.events.append(event)
+        if held and not state.claiming:
+            for step_id in held:
+                step = state.step(step_id)
+                assert step is not None
+                self._request(step_id, step, at)
         return event
+
+    def _settle(self, data: ev.EventData, at: int) -> None:
+        """What the end of the run means to others. The run's items are still open."""
+        for correlation_id, item in self.state.items.items():
+            if isinstance(item, OpenHook) and item.custom:
+                self._release(item.token, correlation_id, item.recent)
+            elif isinstance(item, OpenChild) and item.cancel:
+                self._cancel_child(item.run_id, f"its parent {self.state.header.run_id} has ended", at)
+        self._end = data
+        parent = self.state.header.parent
+        if parent is not None:
+            self._tell((parent.run_id, parent.correlation_id), data)
+        for watcher in self.state.header.watchers:
+            self._tell(watcher, data)
+
+    def _tell(self, watcher: tuple[str, str], end: ev.EventData) -> None:
+        error: Error | None = None
+        if isinstance(end, ev.RunFailed):
+            error = end.error
+        elif isinstance(end, ev.RunCancelled):
+            error = to_error(RunCancelledError(end.reason or "", self.state.header.run_id))
+        self._out.signals.append(
+            rec.ChildFinished(
+                run_id=watcher[0],
+                correlation_id=watcher[1],
+                child_run_id=self.state.header.run_id,
+                status=_ENDS[type(end)],
+                result=end.result if isinstance(end, ev.RunCompleted) else None,
+                error=error,
+            )
+        )
+
+    def _release(self, token: str, hook_id: str, received: Sequence[str] = ()) -> None:
+        run_id = self.state.header.run_id
+        self._out.signals.append(
+            rec.ReleaseToken(token=token, run_id=run_id, hook_id=hook_id, resume_ids=tuple(received))
+        )
+
+    def _cancel_child(self, run_id: str, reason: str | None, at: int) -> None:
+        self._out.commands.append(rec.CancelRun(run_id=run_id, reason=reason, requested_at=at))
 
     def _emit_blocked(self, obstacle: Blocked, at: int) -> None:
         self._emit(msgspec.structs.replace(obstacle.data, code_version=self._environment.code_version), at)
@@ -242,7 +374,8 @@ class Run:
     def _begin(self, at: int) -> None:
         if self.state.header.blocked:
             return
-        self._deliver(ev.RunStarted(code_version=self._environment.code_version), at)
+        started = ev.RunStarted(code_version=self._environment.code_version, url=self._environment.gateway_url)
+        self._deliver(started, at)
 
     def _deliver(self, data: ev.EventData, at: int, correlation_id: str | None = None) -> None:
         """Records what the workflow waits for and lets it go on. A blocked run only records it."""
@@ -269,14 +402,53 @@ class Run:
 
     def _record(self, commands: Sequence[Command], at: int) -> None:
         for data, correlation_id in commands:
+            closing = self.state.items.get(correlation_id) if correlation_id is not None else None
             self._emit(data, at, correlation_id)
             if isinstance(data, ev.StepCreated):
                 assert correlation_id is not None
                 step = self.state.step(correlation_id)
-                if step is not None:
+                if step is not None and not step.held:
                     self._request(correlation_id, step, at)
+            elif correlation_id is not None and type(data) is not ev.WaitCreated:
+                self._carry_out(data, correlation_id, closing, at)
         if self.state.terminal:
             self.evict()
+
+    def _carry_out(self, data: ev.EventData, correlation_id: str, item: OpenItem | None, at: int) -> None:
+        """The effects of a command that is about a hook or a child; ``item`` is what it was about before."""
+        header = self.state.header
+        if isinstance(data, ev.HookCreated):
+            if tokens.run_of(data.token) is None:
+                claim = rec.ClaimToken(token=data.token, run_id=header.run_id, hook_id=correlation_id)
+                self._out.signals.append(claim)
+        elif isinstance(data, ev.HookDisposed):
+            if isinstance(item, OpenHook) and item.custom:
+                self._release(item.token, correlation_id, item.recent)
+        elif isinstance(data, ev.ChildCancelling):
+            if isinstance(item, OpenChild):
+                self._cancel_child(item.run_id, data.reason, at)
+        elif isinstance(data, ev.ChildCreated):
+            if data.workflow == _WATCHED_ONLY:
+                watch = rec.WatchRun(
+                    run_id=data.child_run_id, watcher_run_id=header.run_id, correlation_id=correlation_id
+                )
+                self._out.signals.append(watch)
+            else:
+                self._out.commands.append(self._start_child(data, correlation_id, at))
+
+    def _start_child(self, data: ev.ChildCreated, child_id: str, at: int) -> rec.StartRun:
+        header = self.state.header
+        root = header.parent.root_run_id if header.parent is not None else header.run_id
+        return rec.StartRun(
+            run_id=data.child_run_id,
+            workflow=data.workflow,
+            input=data.input,
+            attributes=data.attributes,
+            parent=rec.Parent(run_id=header.run_id, correlation_id=child_id, root_run_id=root),
+            start_at=data.start_at,
+            requested_at=at,
+            nonce=blake2b(f"{header.nonce}\0{child_id}".encode(), digest_size=16).hexdigest(),
+        )
 
     def _request(self, step_id: str, step: OpenStep, at: int) -> None:
         header = self.state.header
@@ -294,6 +466,7 @@ class Run:
             workflow_started_at=header.started_at or header.created_at,
             scheduled_at=at,
             timeout=step.timeout,
+            workflow_url=header.url,
         )
         self._out.requests.append((step.queue, request))
 

@@ -4,18 +4,24 @@
                           │   ▲  │
                heartbeat  ▼   │  └─failure──> backoff ──timer──> scheduled   (attempt + 1)
                          leased ──lease over──> backoff
+             held: created, but not handed out until every token that the run had asked for is granted or refused
     WAIT     created ──timer, or dropped by the workflow──> closed
+    HOOK     claiming ──granted──> active ──disposed of, or the run's end──> closed      (a default token: active at once)
+             claiming ──refused──> closed
+    CHILD    created ──its end──> closed
     RUN      pending ─> running ─> completed | failed | cancelled
              any but the last three <─> blocked
 
-Every open item has exactly one timer, ``due``.
+Every open step and wait has exactly one timer, ``due``; hooks and children have none.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from itertools import islice
+from typing import ClassVar, Literal
 
 import msgspec
+from durably.tokens import run_of
 from durably_schemas import events as ev
 from durably_schemas.records import TERMINAL, Error, Event, Parent, Payload, RunStatus, RunSummary
 
@@ -23,6 +29,12 @@ REDISPATCH_MS = 3 * 24 * 60 * 60 * 1000
 """A request that nobody answers is handed out again after this; shorter than the retention of ``requests``."""
 TIMEOUT_GRACE_MS = 5_000
 """The worker enforces a step's timeout; when it does not, for this long, the processor does."""
+
+TOKENS_TOLD = 100
+"""How many of a run's hooks its summary names."""
+
+RESUMES_TOLD = 50
+"""How many resumes of a hook the owner of its token is told of: copies of older ones are no longer under way."""
 
 START = "start"
 """The item that waits for a delayed start."""
@@ -48,6 +60,7 @@ class OpenStep(msgspec.Struct, tag="s"):
     claimed_by: str | None = None
     worker: str | None = None
     started_at: int | None = None
+    held: bool = False
 
 
 class OpenWait(msgspec.Struct, tag="w"):
@@ -56,10 +69,35 @@ class OpenWait(msgspec.Struct, tag="w"):
     due: int
 
 
-OpenItem = OpenStep | OpenWait
+class OpenHook(msgspec.Struct, tag="h"):
+    """A hook that may receive payloads, or will when its token is granted. The log has its metadata at ``seq``."""
+
+    due: ClassVar[None] = None
+    token: str
+    seq: int
+    created_at: int
+    claiming: bool
+    received: int = 0
+    recent: list[str] = []  # the last resumes, for a custom token: whoever looks after it is told at the end
+
+    @property
+    def custom(self) -> bool:
+        """Its token is looked after by the token's own partition."""
+        return run_of(self.token) is None
 
 
-class Header(msgspec.Struct):
+class OpenChild(msgspec.Struct, tag="c"):
+    """A run that this one started, or watches, and that has not ended."""
+
+    due: ClassVar[None] = None
+    run_id: str
+    cancel: bool
+
+
+OpenItem = OpenStep | OpenWait | OpenHook | OpenChild
+
+
+class Header(msgspec.Struct, omit_defaults=True):
     """What is kept of a run besides its open items."""
 
     run_id: str
@@ -79,6 +117,9 @@ class Header(msgspec.Struct):
     blocked: bool = False
     blocked_under: str | None = None  # the code version that could not go on
     streams: list[str] = []
+    nonce: str = ""
+    url: str | None = None
+    watchers: list[tuple[str, str]] = []  # run id and correlation id of those who wait for its end
 
 
 class RunState:
@@ -89,18 +130,24 @@ class RunState:
         items: open steps and waits by correlation id.
         inputs: of open steps, as far as they are in memory.
         unsettled: how many open steps have a timer that may fire soon (backoff, lease).
-        waits: how many open items are waits.
+        waits: how many open items are no steps.
+        claiming: how many hooks wait for their token.
+        hooks: ids of open hooks by token.
         touched: ids of the items that changed since this was last cleared.
+        news: counts the changes of what the summary tells.
     """
 
-    __slots__ = ("header", "inputs", "items", "touched", "unsettled", "waits")
+    __slots__ = ("claiming", "header", "hooks", "inputs", "items", "news", "touched", "unsettled", "waits")
 
     def __init__(self, header: Header, items: dict[str, OpenItem] | None = None) -> None:
         self.header = header
         self.items: dict[str, OpenItem] = items or {}
         self.inputs: dict[str, Payload] = {}
         self.touched: set[str] = set()
-        self.waits = sum(type(i) is OpenWait for i in self.items.values())
+        self.news = 0
+        self.waits = sum(type(i) is not OpenStep for i in self.items.values())
+        self.claiming = sum(type(i) is OpenHook and i.claiming for i in self.items.values())
+        self.hooks = {i.token: hook_id for hook_id, i in self.items.items() if type(i) is OpenHook}
         self.unsettled = sum(type(i) is OpenStep and i.status != "scheduled" for i in self.items.values())
 
     @property
@@ -123,6 +170,7 @@ class RunState:
             error=h.error,
             code_version=h.code_version,
             events=h.seq,
+            hooks=tuple(islice(self.hooks, TOKENS_TOLD)),
         )
 
     def apply(self, event: Event) -> None:
@@ -136,8 +184,13 @@ class RunState:
     def _open(self, correlation_id: str, item: OpenItem) -> None:
         self.items[correlation_id] = item
         self.touched.add(correlation_id)
-        if type(item) is OpenWait:
-            self.waits += 1
+        if type(item) is OpenStep:
+            return
+        self.waits += 1
+        if type(item) is OpenHook:
+            self.claiming += item.claiming
+            self.hooks.setdefault(item.token, correlation_id)
+            self.news += 1
 
     def _close(self, correlation_id: str) -> None:
         item = self.items.pop(correlation_id, None)
@@ -145,15 +198,34 @@ class RunState:
             return
         self.touched.add(correlation_id)
         self.inputs.pop(correlation_id, None)
-        if type(item) is OpenWait:
-            self.waits -= 1
-        elif type(item) is OpenStep and item.status != "scheduled":
-            self.unsettled -= 1
+        if type(item) is OpenStep:
+            self.unsettled -= item.status != "scheduled"
+            return
+        self.waits -= 1
+        if type(item) is OpenHook:
+            self.claiming -= item.claiming
+            if self.hooks.get(item.token) == correlation_id:
+                del self.hooks[item.token]
+            self.news += 1
+            self._hand_out()
 
     def _turn(self, correlation_id: str, step: OpenStep, status: StepStatus, due: int) -> None:
         self.unsettled += (status != "scheduled") - (step.status != "scheduled")
         step.status, step.due = status, due
         self.touched.add(correlation_id)
+
+    def _hand_out(self) -> None:
+        if self.claiming:
+            return
+        for step_id in self.held():
+            step = self.items[step_id]
+            assert type(step) is OpenStep
+            step.held = False
+            self.touched.add(step_id)
+
+    def held(self) -> list[str]:
+        """Ids of the steps that wait for the tokens."""
+        return [step_id for step_id, item in self.items.items() if type(item) is OpenStep and item.held]
 
     def step(self, correlation_id: str) -> OpenStep | None:
         """The open step with this id."""
@@ -169,13 +241,13 @@ class RunState:
 
     def _run_created(self, event: Event, data: ev.RunCreated) -> None:
         h = self.header
-        h.attributes, h.parent = dict(data.attributes), data.parent
+        h.attributes, h.parent, h.nonce = dict(data.attributes), data.parent, data.nonce
         if data.start_at is not None and data.start_at > event.at:
             self._open(START, OpenWait(due=data.start_at))
 
     def _run_started(self, event: Event, data: ev.RunStarted) -> None:
         h = self.header
-        h.status, h.started_at, h.code_version = "running", event.at, data.code_version
+        h.status, h.started_at, h.code_version, h.url = "running", event.at, data.code_version, data.url
         self._close(START)
 
     def _end(self, event: Event, status: RunStatus, error: Error | None = None) -> None:
@@ -216,6 +288,7 @@ class RunState:
             backoff=data.backoff,
             timeout=data.timeout,
             due=event.at + REDISPATCH_MS,
+            held=self.claiming > 0,
         )
         self._open(_id(event), step)
 
@@ -248,6 +321,52 @@ class RunState:
 
     def _step_failed(self, event: Event, data: ev.StepFailed) -> None:
         self._close(_id(event))
+
+    def _step_cancelled(self, event: Event, data: ev.StepCancelled) -> None:
+        self._close(_id(event))
+
+    def _hook_created(self, event: Event, data: ev.HookCreated) -> None:
+        claiming = run_of(data.token) is None
+        self._open(_id(event), OpenHook(token=data.token, seq=event.seq, created_at=event.at, claiming=claiming))
+
+    def _hook_granted(self, event: Event, data: ev.HookGranted) -> None:
+        hook = self.items.get(_id(event))
+        if type(hook) is OpenHook and hook.claiming:
+            hook.claiming = False
+            self.claiming -= 1
+            self.touched.add(_id(event))
+            self._hand_out()
+
+    def _hook_conflict(self, event: Event, data: ev.HookConflict) -> None:
+        self._close(_id(event))
+
+    def _hook_received(self, event: Event, data: ev.HookReceived) -> None:
+        hook = self.items.get(_id(event))
+        if type(hook) is OpenHook:
+            hook.received += 1
+            if hook.custom:
+                hook.recent = [*hook.recent[1 - RESUMES_TOLD :], data.resume_id]
+            self.touched.add(_id(event))
+
+    def _hook_disposed(self, event: Event, data: ev.HookDisposed) -> None:
+        self._close(_id(event))
+
+    def _child_created(self, event: Event, data: ev.ChildCreated) -> None:
+        self._open(_id(event), OpenChild(run_id=data.child_run_id, cancel=data.cancel))
+
+    def _child_cancelling(self, event: Event, data: ev.ChildCancelling) -> None:
+        """Its end is still to come."""
+
+    def _child_completed(self, event: Event, data: ev.ChildCompleted) -> None:
+        self._close(_id(event))
+
+    def _attributes_set(self, event: Event, data: ev.AttributesSet) -> None:
+        merged = {**self.header.attributes, **data.attributes}
+        self.header.attributes = {name: value for name, value in merged.items() if value is not None}
+        self.news += 1
+
+    def _run_watched(self, event: Event, data: ev.RunWatched) -> None:
+        self.header.watchers = [*self.header.watchers, (data.run_id, data.correlation_id)]
 
     def _wait_created(self, event: Event, data: ev.WaitCreated) -> None:
         self._open(_id(event), OpenWait(due=data.due_at))

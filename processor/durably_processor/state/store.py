@@ -5,6 +5,8 @@
     o | run | id          an open item
     t | due | run | id    its timer
     b | run               the run is blocked
+    m | run | resume id   the resume has been received
+    k | token             who holds the custom token, and which resumes came before
     a | run               activations that were begun and have not ended (see `Store.begin_activation`)
     c                     the checkpoint: the next offset of ``events``
     i                     the identity of that topic
@@ -36,6 +38,23 @@ _header = msgspec.msgpack.Decoder(Header).decode
 _item: msgspec.msgpack.Decoder[OpenItem] = msgspec.msgpack.Decoder(OpenItem)
 
 
+class Holder(msgspec.Struct, frozen=True, array_like=True):
+    """The hook that holds a custom token."""
+
+    run_id: str
+    hook_id: str
+
+
+class Token(msgspec.Struct, frozen=True):
+    """A custom token: who holds it, and which resumes earlier holders have received, oldest first."""
+
+    holder: Holder | None = None
+    resumes: dict[str, Holder] = {}
+
+
+_token = msgspec.msgpack.Decoder(Token).decode
+
+
 class Timer(NamedTuple):
     """The timer of an open item; ordered by its time."""
 
@@ -59,6 +78,21 @@ def timer_key(due: int, run: bytes, correlation_id: str) -> bytes:
     return b"t" + due.to_bytes(8, "big") + run + correlation_id.encode()
 
 
+def resume_key(run_id: str, resume_id: str) -> bytes:
+    """Of one resume that a run has received."""
+    return b"m" + _prefixed(run_id) + resume_id.encode()
+
+
+def token_key(token: str) -> bytes:
+    """Of one custom token."""
+    return b"k" + token.encode()
+
+
+def encode_token(token: Token) -> bytes | None:
+    """As it is stored; None: not at all."""
+    return _encode(token) if token.holder is not None or token.resumes else None
+
+
 def _timer_of(key: bytes) -> Timer:
     length = int.from_bytes(key[9:11], "big")
     return Timer(int.from_bytes(key[1:9], "big"), key[11 : 11 + length].decode(), key[11 + length :].decode())
@@ -76,7 +110,7 @@ class Stored:
 
     def __init__(self, run_id: str, state: RunState | None = None) -> None:
         self.blocked = state.header.blocked if state else False
-        self._dues: dict[str, int] = {i: item.due for i, item in state.items.items()} if state else {}
+        self._dues: dict[str, int | None] = {i: item.due for i, item in state.items.items()} if state else {}
         self._run = run = _prefixed(run_id)
         self._header, self._item, self._event = b"r" + run, b"o" + run, b"e" + run
 
@@ -94,21 +128,22 @@ class Stored:
         dues = self._dues
         for correlation_id in state.touched:
             item = state.items.get(correlation_id)
+            known = correlation_id in dues
             before = dues.pop(correlation_id, None)
             if before is not None and (item is None or item.due != before):
                 into[timer_key(before, self._run, correlation_id)] = None
             if item is not None:
                 key = self._item + correlation_id.encode()
                 into[key] = _encode(item)
-                if before is None:
+                if not known:
                     created.add(key)
                 due = dues[correlation_id] = item.due
-                if due != before:
+                if due is not None and due != before:
                     timer = timer_key(due, self._run, correlation_id)
                     into[timer] = b""
                     created.add(timer)
                     timers.append(Timer(due, state.header.run_id, correlation_id))
-            elif before is not None:
+            elif known:
                 into[self._item + correlation_id.encode()] = None
         state.touched.clear()
         return timers
@@ -191,6 +226,15 @@ class Store:
         prefix = b"o" + run
         items = {key[len(prefix) :].decode(): _item.decode(data) for key, data in self._scan(prefix)}
         return RunState(_header(value), items)
+
+    def received(self, run_id: str, resume_id: str) -> bool:
+        """Whether the run has received this resume."""
+        return self._db.get(resume_key(run_id, resume_id)) is not None
+
+    def token(self, token: str) -> Token:
+        """A custom token."""
+        value = self._db.get(token_key(token))
+        return Token() if value is None else _token(value)
 
     def event(self, run_id: str, seq: int) -> bytes | None:
         """One event, encoded."""

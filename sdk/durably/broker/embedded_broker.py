@@ -39,7 +39,7 @@ def check_size(key: bytes | None, value: bytes | None, headers: Headers) -> None
     if headers:
         size += sum(len(name) + len(data) for name, data in headers)
     if size > MAX_RECORD_BYTES:
-        raise RecordTooLarge(f"a record of {size} bytes: the embedded broker takes {MAX_RECORD_BYTES} at most")
+        raise RecordTooLarge.of("a record", size, MAX_RECORD_BYTES)
 
 
 def _place(log: Log, topic: str, partition: int | None, key: bytes | None) -> Partition:

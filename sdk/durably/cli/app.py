@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from durably.cli import health, processes, runs, start, topics
+from durably.cli import gateway, health, hooks, processes, runs, start, topics
 from durably.cli.shell import command
 
 app = typer.Typer(
@@ -13,13 +13,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_runs = typer.Typer(help="Looks at runs, and cancels them.", no_args_is_help=True)
+_runs = typer.Typer(help="Looks at runs, cancels them, and does them again.", no_args_is_help=True)
+_hooks = typer.Typer(help="Looks at what runs wait for, and gives it to them.", no_args_is_help=True)
 _topics = typer.Typer(help="Creates topics, and checks them.", no_args_is_help=True)
 _schemas = typer.Typer(help="The wire contract.", no_args_is_help=True)
 
 command(app, "dev")(processes.dev)
 command(app, "processor")(processes.processor)
 command(app, "worker")(processes.worker)
+command(app, "gateway")(gateway.gateway)
 command(app, "start")(start.start)
 command(app, "stream")(runs.stream)
 command(app, "health")(health.health)
@@ -27,10 +29,15 @@ command(_runs, "list")(runs.list_)
 command(_runs, "show")(runs.show)
 command(_runs, "events")(runs.events)
 command(_runs, "cancel")(runs.cancel)
+command(_runs, "rerun")(runs.rerun)
 command(_runs, "watch")(runs.watch)
+command(_hooks, "list")(hooks.list_)
+command(_hooks, "show")(hooks.show)
+command(_hooks, "resume")(hooks.resume)
 command(_topics, "create")(topics.create)
 command(_topics, "check")(topics.check)
 command(_schemas, "export")(topics.export)
 app.add_typer(_runs, name="runs")
+app.add_typer(_hooks, name="hooks")
 app.add_typer(_topics, name="topics")
 app.add_typer(_schemas, name="schemas")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-from durably_schemas.records import Error, Payload
+from durably_schemas.records import Error
 from rich.table import Table
 from rich.text import Text
 
-from durably import payloads
-from durably.errors import SerializationError
+from durably import failures, jsonable
+from durably.jsonable import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from durably_schemas.records import Event, RunSummary
+    from durably_schemas.records import Event, Hook, RunSummary
 
 COLOURS = {
     "pending": "yellow", "running": "cyan", "blocked": "magenta", "completed": "green", "failed": "red",
@@ -26,34 +23,9 @@ COLOURS = {
 }  # fmt: skip
 
 
-def plain(value: Any) -> Any:
-    """A record as dicts and lists, with the values of its payloads in their place."""
-    if isinstance(value, Payload):
-        try:
-            return payloads.load(value)
-        except SerializationError:
-            return {"content_type": value.content_type, "base64": base64.b64encode(value.data).decode()}
-    if isinstance(value, msgspec.Struct):
-        return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
-
-
 def to_json(value: Any) -> str:
-    """JSON of records and user values alike; what JSON has no form for is given as text."""
-    try:
-        return msgspec.json.encode(plain(value), enc_hook=str).decode()
-    except (TypeError, ValueError):  # a key that JSON cannot hold
-        return msgspec.json.encode(_textual(plain(value)), enc_hook=str).decode()
-
-
-def _textual(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else str(key): _textual(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_textual(item) for item in value]
-    return value
+    """JSON of records and user values alike, as text."""
+    return jsonable.to_json(value).decode()
 
 
 def instant(ms: int | None) -> str:
@@ -89,7 +61,7 @@ def cut(text: str, at: int = 80) -> str:
 
 def error_line(error: Error | None) -> str:
     """An error on one line: its class and message."""
-    return "" if error is None else f"{error.type.rpartition(':')[2]}: {error.message}".rstrip(": ")
+    return "" if error is None else failures.summed_up(error)
 
 
 def runs_table(runs: Iterable[RunSummary]) -> Table:
@@ -120,6 +92,8 @@ def run_table(run: RunSummary) -> Table:
     table.add_row("events", str(run.events))
     if run.parent is not None:
         table.add_row("parent", Text(run.parent.run_id))
+    for token in run.hooks:
+        table.add_row("hook", Text(token))
     for key, value in run.attributes.items():
         table.add_row("attribute", Text(f"{key}={value}"))
     if run.code_version is not None:
@@ -127,6 +101,38 @@ def run_table(run: RunSummary) -> Table:
     if run.error is not None:
         table.add_row("error", Text(error_line(run.error), style="red"))
     return table
+
+
+def hooks_table(hooks: Iterable[Hook]) -> Table:
+    """Open hooks, one on each line."""
+    table = Table("token", "kind", "run", "created", "received", "metadata", box=None, pad_edge=False)
+    table.columns[0].overflow = table.columns[2].overflow = "fold"
+    for hook in hooks:
+        table.add_row(
+            Text(hook.token), _kind(hook), Text(hook.run_id), instant(hook.created_at), str(hook.received),
+            Text("" if hook.metadata is None else cut(to_json(hook.metadata))),
+        )  # fmt: skip
+    return table
+
+
+def hook_table(hook: Hook) -> Table:
+    """One hook, one field on each line."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("token", Text(hook.token))
+    table.add_row("kind", _kind(hook))
+    table.add_row("run", Text(hook.run_id))
+    table.add_row("hook", Text(hook.hook_id))
+    table.add_row("created", instant(hook.created_at))
+    table.add_row("received", str(hook.received))
+    if hook.webhook:
+        table.add_row("answers", Text("202" if hook.response is None else to_json(hook.response)))
+    if hook.metadata is not None:
+        table.add_row("metadata", Text(to_json(hook.metadata)))
+    return table
+
+
+def _kind(hook: Hook) -> str:
+    return "webhook" if hook.webhook else "hook"
 
 
 def events_table(events: Iterable[Event]) -> Table:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from durably.cli.gateway import PORT, beside
 from durably.cli.shell import Shell
 
 if TYPE_CHECKING:
@@ -34,8 +35,14 @@ def dev(
         Path | None, typer.Option(help="The embedded broker's folder.", show_default=".durably/dev")
     ] = None,
     concurrency: Concurrency = 100,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65_535, help="The gateway's, on 127.0.0.1; 0: no gateway.", show_default=str(PORT)),
+    ] = None,
 ) -> None:
-    """Runs a processor and a worker on an embedded broker, in one process."""
+    """Runs a processor, a worker and the gateway on an embedded broker, in one process."""
+    from msgspec.structs import replace
+
     from durably.errors import ConfigurationError
     from durably.settings import EMBEDDED
 
@@ -46,11 +53,21 @@ def dev(
             f"`durably worker` there"
         )
     settings = shell.settings(url=url)
+    gateway = beside(shell, settings, port)
+    if gateway is not None and settings.gateway_url is None:
+        settings = replace(settings, gateway_url=gateway.url)
 
     def ready() -> None:
-        shell.say(f"ready: {settings.url}, namespace {settings.namespace}; start runs with --url {settings.url}")
+        if gateway is not None:
+            gateway.start()
+        served = "" if gateway is None else f"; gateway at {gateway.url}"
+        shell.say(f"ready: {url}, namespace {settings.namespace}; start runs with --url {url}{served}")
 
-    _processor("dev").run_dev(settings, modules, queues=tuple(queues), concurrency=concurrency, ready=ready)
+    try:
+        _processor("dev").run_dev(settings, modules, queues=tuple(queues), concurrency=concurrency, ready=ready)
+    finally:
+        if gateway is not None:
+            gateway.stop()
 
 
 def processor(shell: Shell, modules: Modules) -> None:
@@ -65,6 +82,7 @@ def processor(shell: Shell, modules: Modules) -> None:
 
 def worker(shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concurrency = 100) -> None:
     """Runs steps."""
+    from durably import payload_codec
     from durably.authoring import load_module, registry
     from durably.errors import ConfigurationError
     from durably.worker import Worker
@@ -73,6 +91,7 @@ def worker(shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concu
     sys.setswitchinterval(0.0005)
     for module in modules:
         load_module(module)
+    payload_codec.installed()  # a wrong setting should end the process, and not every step
     with shell.broker() as (broker, settings):
         catalogue = settings.catalogue
         needed = [catalogue.results, catalogue.replies, catalogue.streams, *map(catalogue.requests, queues)]

@@ -74,6 +74,23 @@ def cancel(
     shell.show({"run_id": run_id, "status": status}, lambda: f"{run_id} is {status}")
 
 
+def rerun(
+    shell: Shell,
+    run_id: RunId,
+    new: Annotated[
+        str | None, typer.Option("--run-id", help="An id for the new run; an existing run is attached to.")
+    ] = None,
+) -> None:
+    """Starts a new run with the workflow, input and attributes of another one. What that one did is done again."""
+    from durably.client.run import Run
+    from durably.identifiers import checked_run_id
+
+    chosen = None if new is None else checked_run_id(new)
+    with shell.connection() as connection:
+        run = Run[object](connection, run_id).rerun(run_id=chosen)
+    shell.show({"run_id": run.id, "rerun_of": run_id}, lambda: run.id)
+
+
 def watch(shell: Shell, run_id: RunId) -> None:
     """Follows a run until it ends: each event is pushed as it is committed."""
     from rich.live import Live

@@ -31,14 +31,14 @@ def start(
     from durably_schemas.records import Payload
 
     from durably.client.client import Starter
-    from durably.client.options import StartOptions
+    from durably.client.starting import StartOptions
     from durably.payloads import JSON
 
-    given = [_json(text, f"argument {i}") for i, text in enumerate(arguments or (), 1)]
+    given = [parsed(text, f"argument {i}") for i, text in enumerate(arguments or (), 1)]
     if keywords is not None:
         if given:
             raise typer.BadParameter("give positional arguments, or --input with keyword arguments, not both")
-        document = _json(keywords, "--input")
+        document = parsed(keywords, "--input")
         if not isinstance(document, dict):
             raise typer.BadParameter(f"--input must be a JSON object, as in --input '{{\"n\": 1}}'; it is {keywords}")
     else:
@@ -73,7 +73,8 @@ def pairs(texts: list[str] | None) -> dict[str, str]:
     return found
 
 
-def _json(text: str, what: str) -> Any:
+def parsed(text: str, what: str) -> Any:
+    """The JSON of an argument, as a value. Raises `typer.BadParameter`."""
     import msgspec
 
     try:

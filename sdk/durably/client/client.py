@@ -10,10 +10,11 @@ from durably_schemas import Catalogue
 from durably.broker import connect
 from durably.client.connection import Connection
 from durably.client.exchange import submit, submit_async
-from durably.client.identifiers import checked_run_id
+from durably.client.feeds import Feeds
 from durably.client.listing import DEFAULT_LIMIT, list_runs
-from durably.client.options import StartOptions, call
 from durably.client.run import AsyncRun, Run
+from durably.client.starting import NamedOptions, StartOptions, call
+from durably.identifiers import checked_run_id
 from durably.settings import Settings
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
     from durably.authoring import WorkflowDefinition
     from durably.broker.port import Broker
+    from durably.client.hooks import HookInfo
     from durably.durations import Duration
+    from durably.web import Request, Response
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,9 +47,10 @@ def _connection(
 class Starter:
     """Starts runs in one certain way. Made by `Client.options`."""
 
-    def __init__(self, connection: Connection, options: StartOptions) -> None:
+    def __init__(self, connection: Connection, options: StartOptions, feeds: Feeds | None = None) -> None:
         self._connection = connection
         self._options = options
+        self._feeds = feeds or Feeds(connection)
 
     @overload
     def start(self, workflow: WorkflowDefinition[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]: ...
@@ -54,8 +58,12 @@ class Starter:
     def start(self, workflow: str, /, *args: Any, **kwargs: Any) -> Run[Any]: ...
     def start(self, workflow: WorkflowDefinition[..., Any] | str, /, *args: Any, **kwargs: Any) -> Run[Any]:
         """As `Client.start`."""
+        options = self._options.named()
+        args, kwargs, feeds = self._feeds.take(options.run_id, args, kwargs)
         name, payload, returns = call(workflow, args, kwargs)
-        return self._submit(name, payload, returns)
+        run = self._submit(options, name, payload, returns)
+        self._feeds.start(feeds)
+        return run
 
     def start_payload(self, workflow: str, payload: Payload) -> Run[Any]:
         """Starts a workflow by name, with an input that is encoded already.
@@ -64,10 +72,10 @@ class Starter:
             workflow: the name.
             payload: ``application/json``: a list holds positional arguments, an object keywords. Or ``application/msgpack``.
         """
-        return self._submit(workflow, payload, None)
+        return self._submit(self._options.named(), workflow, payload, None)
 
-    def _submit(self, name: str, payload: Payload, returns: Any) -> Run[Any]:
-        command = self._options.command(name, payload)
+    def _submit(self, options: NamedOptions, name: str, payload: Payload, returns: Any) -> Run[Any]:
+        command = options.command(name, payload)
         submit(self._connection, command)
         return Run(self._connection, command.run_id, returns)
 
@@ -75,9 +83,10 @@ class Starter:
 class AsyncStarter:
     """Starts runs in one certain way. Made by `AsyncClient.options`."""
 
-    def __init__(self, connection: Connection, options: StartOptions) -> None:
+    def __init__(self, connection: Connection, options: StartOptions, feeds: Feeds | None = None) -> None:
         self._connection = connection
         self._options = options
+        self._feeds = feeds or Feeds(connection)
 
     @overload
     async def start(self, workflow: WorkflowDefinition[P, R], /, *args: P.args, **kwargs: P.kwargs) -> AsyncRun[R]: ...
@@ -85,8 +94,12 @@ class AsyncStarter:
     async def start(self, workflow: str, /, *args: Any, **kwargs: Any) -> AsyncRun[Any]: ...
     async def start(self, workflow: WorkflowDefinition[..., Any] | str, /, *args: Any, **kwargs: Any) -> AsyncRun[Any]:
         """As `AsyncClient.start`."""
+        options = self._options.named()
+        args, kwargs, feeds = self._feeds.take(options.run_id, args, kwargs)
         name, payload, returns = call(workflow, args, kwargs)
-        return await self._submit(name, payload, returns)
+        run = await self._submit(options, name, payload, returns)
+        await self._feeds.start_async(feeds)
+        return run
 
     async def start_payload(self, workflow: str, payload: Payload) -> AsyncRun[Any]:
         """Starts a workflow by name, with an input that is encoded already.
@@ -95,10 +108,10 @@ class AsyncStarter:
             workflow: the name.
             payload: ``application/json``: a list holds positional arguments, an object keywords. Or ``application/msgpack``.
         """
-        return await self._submit(workflow, payload, None)
+        return await self._submit(self._options.named(), workflow, payload, None)
 
-    async def _submit(self, name: str, payload: Payload, returns: Any) -> AsyncRun[Any]:
-        command = self._options.command(name, payload)
+    async def _submit(self, options: NamedOptions, name: str, payload: Payload, returns: Any) -> AsyncRun[Any]:
+        command = options.command(name, payload)
         await submit_async(self._connection, command)
         return AsyncRun(self._connection, command.run_id, returns)
 
@@ -126,6 +139,7 @@ class Client:
         timeout: float = 30,
     ) -> None:
         self._connection = _connection(url, namespace, kafka, timeout)
+        self._feeds = Feeds(self._connection)
 
     @overload
     def start(self, workflow: WorkflowDefinition[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Run[R]: ...
@@ -136,8 +150,10 @@ class Client:
 
         Args:
             workflow: a function marked ``@workflow``, or the name of one.
-            *args: its positional arguments, checked against its signature where that is known.
-            **kwargs: its keyword arguments.
+            *args: its positional arguments, checked against its signature where that is known. An iterator among
+                them, async or not, reaches the workflow as a `Readable`: a stream that this client writes, until the
+                iterator ends, the run does, or the client is closed.
+            **kwargs: its keyword arguments; as above.
 
         Raises:
             TypeError: the arguments do not fit.
@@ -146,7 +162,7 @@ class Client:
             ConfigurationError: topics are missing.
             BrokerUnreachable: nobody acknowledged the start; it may come through yet.
         """
-        return Starter(self._connection, StartOptions()).start(workflow, *args, **kwargs)
+        return Starter(self._connection, StartOptions(), self._feeds).start(workflow, *args, **kwargs)
 
     def options(
         self,
@@ -165,7 +181,8 @@ class Client:
         Raises:
             ConfigurationError: no run may have this id.
         """
-        return Starter(self._connection, StartOptions(run_id=run_id, attributes=attributes or {}, delay=delay))
+        options = StartOptions(run_id=run_id, attributes=attributes or {}, delay=delay)
+        return Starter(self._connection, options, self._feeds)
 
     def get_run(self, run_id: str) -> Run[Any]:
         """A run by its id; no I/O. Raises `ConfigurationError` where no run may have this id."""
@@ -182,8 +199,46 @@ class Client:
         """Runs that match, newest first; at most ``limit``, None for all."""
         return list_runs(self._connection, workflow=workflow, status=status, attributes=attributes, limit=limit)
 
+    def resume_hook(self, token: str, payload: Any = None, *, resume_id: str | None = None) -> RunSummary:
+        """Hands data to the hook with this token; returns the run as it is once its log has them.
+
+        Args:
+            token: the hook's.
+            payload: any value that can travel.
+            resume_id: names this delivery: a second one of the same name is dropped, and answered as the first was.
+
+        Raises:
+            HookNotFoundError: no open hook has this token.
+            SerializationError: the payload cannot travel.
+            TimeoutError: no processor answered.
+        """
+        from durably.client import hooks  # most clients ask for none
+
+        return hooks.resume_hook(self._connection, token, payload, resume_id)
+
+    def resume_webhook(self, token: str, request: Request) -> Response:
+        """Hands a request to the webhook with this token, as the gateway does; returns what it answers.
+
+        Raises:
+            HookNotFoundError: no open webhook has this token.
+            TimeoutError: no processor answered, or no step did where the webhook responds by one.
+        """
+        from durably.client import hooks  # most clients ask for none
+
+        return hooks.resume_webhook(self._connection, token, request)
+
+    def get_hook(self, token: str) -> HookInfo:
+        """The open hook with this token. Raises `HookNotFoundError` where there is none."""
+        from durably.client import hooks  # most clients ask for none
+
+        return hooks.get_hook(self._connection, token)
+
     def close(self) -> None:
-        """Flushes and lets go. What still waits for an answer fails with a `DurablyError`."""
+        """Flushes and lets go. What still waits for an answer fails with a `DurablyError`.
+
+        Iterators that were passed to starts are drawn to their end first, for ``timeout`` seconds at most.
+        """
+        self._feeds.close()
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -218,6 +273,7 @@ class AsyncClient:
         timeout: float = 30,
     ) -> None:
         self._connection = _connection(url, namespace, kafka, timeout)
+        self._feeds = Feeds(self._connection)
 
     @overload
     async def start(self, workflow: WorkflowDefinition[P, R], /, *args: P.args, **kwargs: P.kwargs) -> AsyncRun[R]: ...
@@ -228,8 +284,10 @@ class AsyncClient:
 
         Args:
             workflow: a function marked ``@workflow``, or the name of one.
-            *args: its positional arguments, checked against its signature where that is known.
-            **kwargs: its keyword arguments.
+            *args: its positional arguments, checked against its signature where that is known. An iterator among
+                them, async or not, reaches the workflow as a `Readable`: a stream that this client writes, until the
+                iterator ends, the run does, or the client is closed.
+            **kwargs: its keyword arguments; as above.
 
         Raises:
             TypeError: the arguments do not fit.
@@ -238,7 +296,7 @@ class AsyncClient:
             ConfigurationError: topics are missing.
             BrokerUnreachable: nobody acknowledged the start; it may come through yet.
         """
-        return await AsyncStarter(self._connection, StartOptions()).start(workflow, *args, **kwargs)
+        return await AsyncStarter(self._connection, StartOptions(), self._feeds).start(workflow, *args, **kwargs)
 
     def options(
         self,
@@ -257,7 +315,8 @@ class AsyncClient:
         Raises:
             ConfigurationError: no run may have this id.
         """
-        return AsyncStarter(self._connection, StartOptions(run_id=run_id, attributes=attributes or {}, delay=delay))
+        options = StartOptions(run_id=run_id, attributes=attributes or {}, delay=delay)
+        return AsyncStarter(self._connection, options, self._feeds)
 
     def get_run(self, run_id: str) -> AsyncRun[Any]:
         """A run by its id; no I/O. Raises `ConfigurationError` where no run may have this id."""
@@ -276,8 +335,46 @@ class AsyncClient:
             list_runs, self._connection, workflow=workflow, status=status, attributes=attributes, limit=limit
         )
 
+    async def resume_hook(self, token: str, payload: Any = None, *, resume_id: str | None = None) -> RunSummary:
+        """Hands data to the hook with this token; returns the run as it is once its log has them.
+
+        Args:
+            token: the hook's.
+            payload: any value that can travel.
+            resume_id: names this delivery: a second one of the same name is dropped, and answered as the first was.
+
+        Raises:
+            HookNotFoundError: no open hook has this token.
+            SerializationError: the payload cannot travel.
+            TimeoutError: no processor answered.
+        """
+        from durably.client import hooks  # most clients ask for none
+
+        return await hooks.resume_hook_async(self._connection, token, payload, resume_id)
+
+    async def resume_webhook(self, token: str, request: Request) -> Response:
+        """Hands a request to the webhook with this token, as the gateway does; returns what it answers.
+
+        Raises:
+            HookNotFoundError: no open webhook has this token.
+            TimeoutError: no processor answered, or no step did where the webhook responds by one.
+        """
+        from durably.client import hooks  # most clients ask for none
+
+        return await hooks.resume_webhook_async(self._connection, token, request)
+
+    async def get_hook(self, token: str) -> HookInfo:
+        """The open hook with this token. Raises `HookNotFoundError` where there is none."""
+        from durably.client import hooks  # most clients ask for none
+
+        return await hooks.get_hook_async(self._connection, token)
+
     async def close(self) -> None:
-        """Flushes and lets go. What still waits for an answer fails with a `DurablyError`."""
+        """Flushes and lets go. What still waits for an answer fails with a `DurablyError`.
+
+        Iterators that were passed to starts are drawn to their end first, for ``timeout`` seconds at most.
+        """
+        await asyncio.to_thread(self._feeds.close)
         await asyncio.to_thread(self._connection.close)
 
     async def __aenter__(self) -> Self:

@@ -14,8 +14,8 @@ from durably_schemas import Catalogue, Codec, CodecError
 from durably_schemas.records import Record, Reply, ReplyTo
 
 from durably.broker.port import TP, Broker, Message, Producer, Reader
-from durably.client.identifiers import ulid
 from durably.errors import BrokerUnreachable, ConfigurationError, DurablyError, RecordTooLarge
+from durably.identifiers import ulid
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +69,7 @@ class Connection:
         self._replies: threading.Thread | None = None
         self._partition = -1
         self._questions: dict[str, _Question] = {}
+        self._expected: dict[str, Future[Reply]] = {}
 
     @property
     def is_open(self) -> bool:
@@ -127,9 +128,16 @@ class Connection:
             )
         return count
 
-    def send(self, run_id: str, record: Record) -> Future[None]:
-        """Sends a command that asks for no reply; the future is done when the broker has it durably."""
-        value = self._encoded(run_id, record)
+    def send(self, key: str, record: Record, topic: str | None = None) -> Future[None]:
+        """Sends a record that asks for no reply; the future is done when the broker has it durably.
+
+        Args:
+            key: its routing key: a run's ID, or the custom token of a hook.
+            record: a command, or what else a client may write.
+            topic: where to; ``commands`` by default.
+        """
+        topic = self.catalogue.commands if topic is None else topic
+        value = self._encoded(key, record)
         future: Future[None] = Future()
 
         def on_ack(error: Exception | None, _: int) -> None:
@@ -142,18 +150,18 @@ class Connection:
             self._in_flight.add(future)
             self._unacknowledged.notify()
         try:
-            producer.send(self.catalogue.commands, value, key=run_id.encode(), on_ack=on_ack)
+            producer.send(topic, value, key=key.encode(), on_ack=on_ack)
         except BaseException:
             with self._lock:
                 self._in_flight.discard(future)
             raise
         return future
 
-    def ask(self, run_id: str, command: Callable[[ReplyTo], Record]) -> Future[Reply]:
+    def ask(self, key: str, command: Callable[[ReplyTo], Record]) -> Future[Reply]:
         """Sends a command until it is answered, always with the same request id.
 
         Args:
-            run_id: the record's key.
+            key: its routing key: a run's ID, or the custom token of a hook.
             command: makes the record of the address that the answer goes to.
 
         Returns:
@@ -164,7 +172,11 @@ class Connection:
             record = command(ReplyTo(partition=self.listen(), request_id=request_id))
             future: Future[Reply] = Future()
             question = _Question(
-                run_id, self._encoded(run_id, record), future, time.monotonic() + FIRST_RESEND, FIRST_RESEND
+                key,
+                self._encoded(key, record),
+                future,
+                time.monotonic() + FIRST_RESEND,
+                FIRST_RESEND,
             )
             self._questions[request_id] = question
 
@@ -175,6 +187,24 @@ class Connection:
         future.add_done_callback(forget)
         self._send_copy(question)
         return future
+
+    def expect(self) -> tuple[ReplyTo, Future[Reply]]:
+        """An address for a reply that no command asks for, such as a step's answer to a webhook.
+
+        Returns:
+            The address, and the reply to come. Cancelling it forgets the address.
+        """
+        with self._lock:
+            to = ReplyTo(partition=self.listen(), request_id=ulid())
+            future: Future[Reply] = Future()
+            self._expected[to.request_id] = future
+
+        def forget(_: Future[Reply]) -> None:
+            with self._lock:
+                self._expected.pop(to.request_id, None)
+
+        future.add_done_callback(forget)
+        return to, future
 
     def close(self) -> None:
         """Flushes, stops the threads, and fails what still waits. May be called twice."""
@@ -191,7 +221,7 @@ class Connection:
         with self._lock:
             waiting: list[Future[None] | Future[Reply]] = [
                 *self._in_flight,
-                *(q.future for q in self._questions.values()),
+                *self._awaited(),
             ]
         for future in waiting:
             with suppress(InvalidStateError):
@@ -199,15 +229,15 @@ class Connection:
         if self._owned:
             self.broker.close()
 
-    def _encoded(self, run_id: str, record: Record) -> bytes:
+    def _awaited(self) -> list[Future[Reply]]:
+        """Every reply that is still to come. To be called with the lock held."""
+        return [*(question.future for question in self._questions.values()), *self._expected.values()]
+
+    def _encoded(self, key: str, record: Record) -> bytes:
         value = self.codec.encode(record)
-        size = len(value) + len(run_id.encode()) + _RECORD_OVERHEAD
+        size = len(value) + len(key.encode()) + _RECORD_OVERHEAD
         if size > self.broker.max_record_bytes:
-            raise RecordTooLarge(
-                f"this {type(record).__name__} for run {run_id} takes {size:,} bytes, but {self.broker.url} accepts "
-                f"{self.broker.max_record_bytes:,}: pass a reference to the data, such as an object store's key, "
-                f"or raise max.message.bytes of {self.catalogue.commands} and message.max.bytes of the clients"
-            )
+            raise RecordTooLarge.of(f"this {type(record).__name__} for {key}", size, self.broker.max_record_bytes)
         return value
 
     def _send_copy(self, question: _Question) -> None:
@@ -249,7 +279,7 @@ class Connection:
             # This reader will not heal. Whoever waits is told; the next question starts a new one.
             with self._lock:
                 self._replies = None
-                waiting = [q.future for q in self._questions.values()]
+                waiting = self._awaited()
             for future in waiting:
                 _settle(future, e)
         finally:
@@ -262,8 +292,9 @@ class Connection:
             return  # somebody else's, by a version that this one does not know
         with self._lock:
             question = self._questions.get(reply.request_id)
-        if question is not None:
-            _settle(question.future, reply)
+            future = question.future if question is not None else self._expected.get(reply.request_id)
+        if future is not None:
+            _settle(future, reply)
 
     def _until_next_resend(self) -> float:
         now = time.monotonic()

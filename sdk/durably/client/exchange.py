@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from durably_schemas.catalogue import partition_for
 from durably_schemas.records import Query, QueryRun, Record, Reply, ReplyTo, StartRun
@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from durably.client.connection import Connection
 
 Command = Callable[[ReplyTo], Record]
+T = TypeVar("T")
+
+
+class Question(NamedTuple):
+    """A command, its routing key, and what it is about, as an error message names it."""
+
+    key: str
+    command: Command
+    about: str
+
+
+Talk = Generator[Question, Reply, T]
+"""Questions that build on each other's answers, without I/O: `converse` asks them, and returns what it returns."""
 
 
 def query(run_id: str, what: Query, from_seq: int = 1) -> Command:
@@ -43,25 +56,56 @@ async def submit_async(connection: Connection, command: StartRun) -> None:
     future.result()
 
 
-def answer(connection: Connection, run_id: str, command: Command) -> Reply:
-    """The reply to a command that needs no waiting. Raises `TimeoutError` when no processor gives one."""
-    reply = answer_within(connection, run_id, command, connection.timeout)
+def answer(connection: Connection, key: str, command: Command, about: str | None = None) -> Reply:
+    """The reply to a command that needs no waiting.
+
+    Args:
+        connection: who asks.
+        key: the routing key of the command: a run's ID, or the custom token of a hook.
+        command: the question.
+        about: what it is about; the run with this key by default.
+
+    Raises:
+        TimeoutError: no processor gave one.
+    """
+    reply = answer_within(connection, key, command, connection.timeout)
     if reply is None:
-        raise TimeoutError(unanswered(connection, run_id))
+        raise TimeoutError(unanswered(connection, key, about))
     return reply
 
 
-async def answer_async(connection: Connection, run_id: str, command: Command) -> Reply:
+async def answer_async(connection: Connection, key: str, command: Command, about: str | None = None) -> Reply:
     """As `answer`."""
-    reply = await answer_within_async(connection, run_id, command, connection.timeout)
+    reply = await answer_within_async(connection, key, command, connection.timeout)
     if reply is None:
-        raise TimeoutError(unanswered(connection, run_id))
+        raise TimeoutError(unanswered(connection, key, about))
     return reply
 
 
-def answer_within(connection: Connection, run_id: str, command: Command, timeout: float | None) -> Reply | None:
+def converse(connection: Connection, talk: Talk[T]) -> T:
+    """Asks the questions of a talk, one after the other. Raises what the talk raises, and as `answer`."""
+    try:
+        question = next(talk)
+        while True:
+            question = talk.send(answer(connection, *question))
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+async def converse_async(connection: Connection, talk: Talk[T]) -> T:
+    """As `converse`."""
+    try:
+        question = next(talk)
+        while True:
+            reply = await answer_async(connection, *question)
+            question = talk.send(reply)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+def answer_within(connection: Connection, key: str, command: Command, timeout: float | None) -> Reply | None:
     """The reply, or None after ``timeout`` seconds; None waits for ever."""
-    future = connection.ask(run_id, command)
+    future = connection.ask(key, command)
     try:
         wait([future], timeout)
         return future.result() if future.done() else None
@@ -71,14 +115,14 @@ def answer_within(connection: Connection, run_id: str, command: Command, timeout
 
 async def answer_within_async(
     connection: Connection,
-    run_id: str,
+    key: str,
     command: Command,
     timeout: float | None,  # noqa: ASYNC109 - as its twin
 ) -> Reply | None:
     """As `answer_within`."""
     if not connection.is_listening:
         await asyncio.to_thread(connection.listen)
-    future = asyncio.wrap_future(connection.ask(run_id, command))
+    future = asyncio.wrap_future(connection.ask(key, command))
     try:
         await asyncio.wait([future], timeout=timeout)
         return future.result() if future.done() else None
@@ -86,12 +130,12 @@ async def answer_within_async(
         future.cancel()
 
 
-def unanswered(connection: Connection, run_id: str) -> str:
+def unanswered(connection: Connection, key: str, about: str | None = None) -> str:
     """What to say where a processor should have answered."""
     topic = connection.catalogue.commands
-    partition = partition_for(run_id.encode(), connection.partitions(topic))
+    partition = partition_for(key.encode(), connection.partitions(topic))
     return (
-        f"no processor answered for run {run_id} within {connection.timeout:g} s: partition {partition} of "
+        f"no processor answered for {about or f'run {key}'} within {connection.timeout:g} s: partition {partition} of "
         f"{topic} has no live owner; start `durably processor`, and look with `durably health`"
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from durably_schemas.events import StepCompleted
+from durably_schemas.events import RunCreated, StepCompleted
 from durably_schemas.records import Event, Reply, StreamWritten
 
 from durably.client.exchange import Command, answer, answer_async, query
@@ -33,6 +33,12 @@ class _Pages:
         self.events += [self._codec.decode_as(Event, data) for data in reply.events]
         self._next = reply.next_seq
 
+    def first(self, reply: Reply) -> RunCreated:
+        self.take(reply)
+        created = self.events[0].data
+        assert isinstance(created, RunCreated)  # the first entry of every log
+        return created
+
 
 def read_log(connection: Connection, run_id: str) -> list[Event]:
     """All events of a run that are committed by now. Raises `RunNotFoundError`, or `TimeoutError`."""
@@ -48,6 +54,18 @@ async def read_log_async(connection: Connection, run_id: str) -> list[Event]:
     while (command := pages.next()) is not None:
         pages.take(await answer_async(connection, run_id, command))
     return pages.events
+
+
+def creation(connection: Connection, run_id: str) -> RunCreated:
+    """What a run was started with. Raises `RunNotFoundError`, or `TimeoutError`."""
+    pages = _Pages(run_id, connection.codec)
+    return pages.first(answer(connection, run_id, query(run_id, "EVENTS")))
+
+
+async def creation_async(connection: Connection, run_id: str) -> RunCreated:
+    """As `creation`."""
+    pages = _Pages(run_id, connection.codec)
+    return pages.first(await answer_async(connection, run_id, query(run_id, "EVENTS")))
 
 
 def streams_written(events: list[Event]) -> list[StreamWritten]:

@@ -46,12 +46,12 @@ def value_of(reply: Reply, run_id: str, returns: Any = None) -> Any:
         return payloads.load(reply.result, returns)
     if summary.status == "failed":
         cause = failures.to_exception(summary.error) if summary.error is not None else None
-        said = f": {summary.error.type.rpartition(':')[2]}: {summary.error.message}" if summary.error else ""
+        said = f": {failures.summed_up(summary.error)}" if summary.error else ""
         raise RunFailedError(f"{of} failed{said}", run_id, cause) from cause
     if summary.status == "cancelled":
         reason = reply.message or (summary.error.message if summary.error is not None else None)
         raise RunCancelledError(f"{of} was cancelled" + (f": {reason}" if reason else ""), run_id)
     if summary.status == "blocked":
-        reason = summary.error.message if summary.error is not None else reply.message or "no reason is recorded"
+        reason = failures.revealed(summary.error).message if summary.error is not None else "no reason is recorded"
         raise RunBlockedError(f"{of} is blocked: {reason}", run_id)
     raise DurablyError(f"{of} is {summary.status}, but the processor answered as if it had ended")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from durably_schemas.records import CancelRun, Event, ReplyTo, RunStatus, RunSummary
+from durably_schemas.records import CancelRun, Event, ReplyTo, RunStatus, RunSummary, StartRun
 
 from durably.client import stream
 from durably.client.exchange import (
@@ -16,15 +17,23 @@ from durably.client.exchange import (
     answer_within,
     answer_within_async,
     query,
+    submit,
+    submit_async,
 )
-from durably.client.log import read_log, read_log_async, stream_names
+from durably.client.log import creation, creation_async, read_log, read_log_async, stream_names
 from durably.client.outcome import summary_of, value_of
+from durably.client.starting import StartOptions
+from durably.client.stream import StreamInfo
 from durably.errors import DurablyError
+from durably.streams import bound_to
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
+    from durably_schemas.events import RunCreated
+
     from durably.client.connection import Connection
+    from durably.client.hooks import HookInfo
 
 R = TypeVar("R")
 
@@ -40,6 +49,8 @@ class Run(Generic[R]):
     Attributes:
         id: what it was started as.
     """
+
+    __durably_run_handle__ = True  # how payloads know one, without importing the client
 
     def __init__(self, connection: Connection, run_id: str, returns: Any = None) -> None:
         self.id = run_id
@@ -64,7 +75,8 @@ class Run(Generic[R]):
         """
         reply = answer_within(self._connection, self.id, query(self.id, "RESULT"), timeout)
         if reply is not None:
-            return cast("R", value_of(reply, self.id, self._returns))
+            with bound_to(self._connection, Run):
+                return cast("R", value_of(reply, self.id, self._returns))
         status = None
         with suppress(DurablyError):
             reply = answer_within(self._connection, self.id, query(self.id, "SUMMARY"), _STATUS_TIMEOUT)
@@ -87,17 +99,42 @@ class Run(Generic[R]):
             start_index: the first value, from 0; negative: counted from the end as it is now.
 
         Raises:
-            DurablyError: the stream's beginning is no longer retained.
+            DurablyError: the stream's beginning is no longer retained, or no stream may have this name.
+            Exception: what ended the stream, where its writer was an iterator that failed.
         """
-        return stream.read(self._connection, self.id, namespace, start_index)
+        return stream.read(self._connection, self.id, namespace, start_index, Run)
 
     def streams(self) -> list[str]:
         """The namespaces of the streams that its completed steps have written."""
         return stream_names(self.events())
 
+    def stream_info(self, namespace: str | None = None) -> StreamInfo:
+        """How far one of its streams is now; None is the default one."""
+        return stream.info(self._connection, self.id, namespace, Run)
+
     def describe(self) -> RunSummary:
         """Its summary, as committed."""
         return summary_of(answer(self._connection, self.id, query(self.id, "SUMMARY")), self.id)
+
+    def hooks(self) -> list[HookInfo]:
+        """Its open hooks, as committed."""
+        from durably.client import hooks  # most clients ask for none
+
+        return hooks.run_hooks(self._connection, self.id)
+
+    def rerun(self, *, run_id: str | None = None) -> Run[R]:
+        """Starts a new run of the same workflow, with the same input and attributes.
+
+        Args:
+            run_id: an id for it; starting it again attaches to that run.
+
+        Raises:
+            ConfigurationError: no run may have this id.
+        """
+        created = creation(self._connection, self.id)
+        command = _again(created, run_id)
+        submit(self._connection, command)
+        return Run(self._connection, command.run_id, self._returns)
 
     def __repr__(self) -> str:
         return f"<Run {self.id}>"
@@ -112,6 +149,8 @@ class AsyncRun(Generic[R]):
     Attributes:
         id: what it was started as.
     """
+
+    __durably_run_handle__ = True  # how payloads know one, without importing the client
 
     def __init__(self, connection: Connection, run_id: str, returns: Any = None) -> None:
         self.id = run_id
@@ -136,7 +175,8 @@ class AsyncRun(Generic[R]):
         """
         reply = await answer_within_async(self._connection, self.id, query(self.id, "RESULT"), timeout)
         if reply is not None:
-            return cast("R", value_of(reply, self.id, self._returns))
+            with bound_to(self._connection, AsyncRun):
+                return cast("R", value_of(reply, self.id, self._returns))
         status = None
         with suppress(DurablyError):
             reply = await answer_within_async(self._connection, self.id, query(self.id, "SUMMARY"), _STATUS_TIMEOUT)
@@ -159,20 +199,50 @@ class AsyncRun(Generic[R]):
             start_index: the first value, from 0; negative: counted from the end as it is now.
 
         Raises:
-            DurablyError: the stream's beginning is no longer retained.
+            DurablyError: the stream's beginning is no longer retained, or no stream may have this name.
+            Exception: what ended the stream, where its writer was an iterator that failed.
         """
-        return stream.read_async(self._connection, self.id, namespace, start_index)
+        return stream.read_async(self._connection, self.id, namespace, start_index, AsyncRun)
 
     async def streams(self) -> list[str]:
         """The namespaces of the streams that its completed steps have written."""
         return stream_names(await self.events())
 
+    async def stream_info(self, namespace: str | None = None) -> StreamInfo:
+        """How far one of its streams is now; None is the default one."""
+        return await asyncio.to_thread(stream.info, self._connection, self.id, namespace, AsyncRun)
+
     async def describe(self) -> RunSummary:
         """Its summary, as committed."""
         return summary_of(await answer_async(self._connection, self.id, query(self.id, "SUMMARY")), self.id)
 
+    async def hooks(self) -> list[HookInfo]:
+        """Its open hooks, as committed."""
+        from durably.client import hooks  # most clients ask for none
+
+        return await hooks.run_hooks_async(self._connection, self.id)
+
+    async def rerun(self, *, run_id: str | None = None) -> AsyncRun[R]:
+        """Starts a new run of the same workflow, with the same input and attributes.
+
+        Args:
+            run_id: an id for it; starting it again attaches to that run.
+
+        Raises:
+            ConfigurationError: no run may have this id.
+        """
+        created = await creation_async(self._connection, self.id)
+        command = _again(created, run_id)
+        await submit_async(self._connection, command)
+        return AsyncRun(self._connection, command.run_id, self._returns)
+
     def __repr__(self) -> str:
         return f"<AsyncRun {self.id}>"
+
+
+def _again(created: RunCreated, run_id: str | None) -> StartRun:
+    options = StartOptions(run_id=run_id, attributes=created.attributes)
+    return options.named().command(created.workflow, created.input)
 
 
 def _cancel(run_id: str, reason: str | None) -> Command:

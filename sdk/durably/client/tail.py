@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from durably_schemas import CodecError
@@ -9,9 +10,10 @@ from durably_schemas.catalogue import partition_for
 from durably_schemas.events import RunCancelled, RunCompleted, RunFailed
 from durably_schemas.records import Event, Record
 
-from durably.broker.port import TP, Message
+from durably.broker.port import TP, End, Message, Reader
 from durably.client.exchange import answer, query
 from durably.client.outcome import summary_of
+from durably.errors import DurablyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 CLOCK_SKEW_MS = 10_000
 """How far the clocks of a run's client and its workers may differ: a search by time begins this much earlier."""
 
+_MAY_BE_GONE = 10.0  # seconds that a record of a topic lives at the very least
 _POLL = 0.25  # seconds; a tail is closed by the thread that polls it, between two polls
 
 
@@ -31,20 +34,35 @@ class Tail:
         connection: whose broker is read.
         run_id: the key.
         positions: for each topic, the offset to begin at.
+        whole: the topic of which nothing may be missed.
     """
 
-    def __init__(self, connection: Connection, run_id: str, positions: Mapping[str, int]) -> None:
+    def __init__(
+        self, connection: Connection, run_id: str, positions: Mapping[str, int], *, whole: str | None = None
+    ) -> None:
+        self._connection = connection
         self._codec = connection.codec
+        self._run_id = run_id
         self._key = run_id.encode()
         self._at = dict(positions)
-        self._reader = connection.broker.reader(
-            {partition_of(connection, run_id, topic): offset for topic, offset in positions.items()}
-        )
+        self._whole = whole
+        self._reader: Reader | None = self._opened()
 
-    def poll(self) -> list[tuple[int, Record]]:
-        """Waits a moment for records, each with its offset. One that cannot be decoded is left out."""
+    def poll(self, limit: int = 500) -> list[tuple[int, Record]]:
+        """Waits a moment for records, about ``limit`` of all runs', each with its offset.
+
+        One that cannot be decoded is left out.
+
+        Raises:
+            DurablyError: the topic that is to be read whole has lost records that were not read yet.
+            BrokerError: the reader is broken, and another can go on: `reopen`.
+        """
         records = []
-        for item in self._reader.poll(_POLL):
+        if self._reader is None:
+            self._reader = self._opened()
+        items = self._reader.poll(_POLL, limit)
+        self._check_gap(items)
+        for item in items:
             if not isinstance(item, Message):
                 self._at[item.topic] = max(self._at[item.topic], item.offset)
                 continue
@@ -60,9 +78,45 @@ class Tail:
         """Everything below this offset has been returned by `poll`."""
         return self._at[topic]
 
+    def reopen(self) -> None:
+        """Drops the reader; the next `poll` makes a new one, which goes on from where this one was."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
     def close(self) -> None:
         """Closes the reader."""
-        self._reader.close()
+        if self._reader is not None:
+            self._reader.close()
+
+    def _opened(self) -> Reader:
+        return self._connection.broker.reader(
+            {partition_of(self._connection, self._run_id, topic): offset for topic, offset in self._at.items()}
+        )
+
+    def _check_gap(self, items: list[Message | End]) -> None:
+        """Looks whether retention has overtaken the reader, which the broker then moves on without a word.
+
+        Transactions leave gaps between offsets too; so the broker is asked, but only about records so old that they
+        can have been deleted.
+        """
+        if self._whole is None:
+            return
+        position = self._at[self._whole]
+        old = (time.time() - _MAY_BE_GONE) * 1000
+        for item in items:
+            if item.topic == self._whole:
+                if item.offset > position and isinstance(item, Message) and item.timestamp < old:
+                    tp = TP(item.topic, item.partition)
+                    head = self._connection.broker.start_offsets([tp])[tp]
+                    if head > position:
+                        raise DurablyError(
+                            f"records of {tp.topic} [{tp.partition}] were deleted before they were read for run "
+                            f"{self._run_id}: {position} was the next, and {head} is now the first; raise the topic's "
+                            f"retention.ms, or read faster"
+                        )
+                    return
+                position = item.offset + isinstance(item, Message)
 
 
 def partition_of(connection: Connection, run_id: str, topic: str) -> TP:

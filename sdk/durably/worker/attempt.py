@@ -2,7 +2,7 @@
 
     taken ──> asking ──> running ──> over
       │          │                     ^
-      ├──────────┼─────────────────────┤     not wanted any more (claim refused), or cannot be run
+      ├──────────┼─────────────────────┤     not wanted any more (claim refused, or cancelled), or cannot be run
       └──────────┴──────────> dropped        the partition went, or the worker stops: somebody else's now
 
 Beside these, a running attempt becomes a lease when a heartbeat of it is durable; then its offset is released.
@@ -28,8 +28,8 @@ class Attempt:
     """The state of a request that was taken. Compared by identity: the same request may be delivered twice."""
 
     __slots__ = (
-        "beat_at", "deadline", "execution", "expired", "message", "request", "started", "started_at", "step", "task",
-        "tracker", "writers",
+        "beat_at", "deadline", "execution", "message", "question", "request", "started", "started_at", "step", "task",
+        "tracker", "unwanted", "writers",
     )  # fmt: skip
 
     def __init__(self, request: StepRequest, message: Message, tracker: Tracker) -> None:
@@ -44,7 +44,8 @@ class Attempt:
         self.started = 0.0  # monotonic, as are the following
         self.deadline: float | None = None
         self.beat_at: float | None = None  # when the last heartbeat was sent; None: not a lease
-        self.expired = False
+        self.question: str | None = None  # the id under which its heartbeats ask whether it is still wanted
+        self.unwanted = False  # nobody will hear of its result: cancelled, given up, or left to another worker
 
     def release(self) -> None:
         """The request need not be delivered again."""

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import uuid
 from typing import TYPE_CHECKING
 
-from durably_schemas import CodecError
 from durably_schemas.records import Reply, ReplyTo
 
-from durably.broker.port import TP, Message
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-    from durably_schemas import Codec
-
-    from durably.broker.port import Broker
     from durably.worker.attempt import Attempt
     from durably.worker.clock import Clock
     from durably.worker.outbox import Outbox
+    from durably.worker.replies import Replies
 
 FIRST, LAST = 1.0, 10.0  # seconds until a claim is sent again, doubling
-IDLE = 10.0  # seconds without a claim after which nobody tails ``replies`` any more
 
 
 class _Claim:
@@ -34,59 +27,49 @@ class _Claim:
         self.delay = FIRST
         self.due = due
 
+    def is_due(self, now: float) -> bool:
+        """Whether it is to be sent now; if so, it is next due after its delay. To be called with the lock held."""
+        if self.due > now:
+            return False
+        self.due = now + self.delay
+        self.delay = min(2 * self.delay, LAST)
+        return True
+
 
 class Claims:
-    """Sends claims until they are answered. The answers come on one partition of ``replies``.
-
-    The partition is tailed only while there are claims, from an end that is known before the first one is sent; so no
-    answer can be missed, and a worker without claims pays nothing.
+    """Sends claims until they are answered.
 
     Args:
-        broker: where ``replies`` is read.
-        replies: the topic.
-        codec: decodes the answers.
+        replies: reads the answers.
         outbox: sends the claims.
         answered: is called with an attempt, whether it is to be run, and as which execution.
-        start_thread: runs a function on a thread whose errors stop the worker.
         clock: the time.
     """
 
     def __init__(
         self,
-        broker: Broker,
-        *,
-        replies: str,
-        codec: Codec,
+        replies: Replies,
         outbox: Outbox,
         answered: Callable[[Attempt, bool, int], None],
-        start_thread: Callable[[Callable[[], None], str], None],
+        *,
         clock: Clock,
     ) -> None:
-        self._broker = broker
         self._replies = replies
-        self._codec = codec
         self._outbox = outbox
         self._answered = answered
-        self._start_thread = start_thread
         self._clock = clock
         self._lock = threading.Lock()
         self._pending: dict[str, _Claim] = {}
-        self._partition: int | None = None  # of ``replies``, once we know its end
-        self._tailing = False
-        self._closed = False
 
-    def ask(self, attempt: Attempt) -> None:
+    def about(self, attempt: Attempt) -> None:
         """Asks about an attempt."""
         request_id = uuid.uuid4().hex
         claim = _Claim(attempt, self._clock.monotonic())
         with self._lock:
             self._pending[request_id] = claim
-            partition = self._partition
-            if not self._tailing:
-                self._tailing = True
-                self._start_thread(self._tail, "claims")
+        partition = self._replies.open()
         if partition is not None:
-            self._send(request_id, claim, partition)
+            self._send([request_id], partition)
 
     def forget(self, unwanted: Callable[[Attempt], bool]) -> list[Attempt]:
         """Drops claims, and returns the attempts that they were about."""
@@ -94,50 +77,16 @@ class Claims:
             found = [request_id for request_id, claim in self._pending.items() if unwanted(claim.attempt)]
             return [self._pending.pop(request_id).attempt for request_id in found]
 
-    def close(self) -> None:
-        """Ends the thread."""
-        self._closed = True
+    def waits(self) -> bool:
+        """Whether a claim is unanswered."""
+        return bool(self._pending)
 
-    def resend(self, partition: int) -> None:
+    def ask(self, partition: int) -> None:
         """Sends what is due: new claims, and those that were not answered in time."""
-        now = self._clock.monotonic()
-        with self._lock:
-            due = [(request_id, claim) for request_id, claim in self._pending.items() if claim.due <= now]
-        for request_id, claim in due:
-            self._send(request_id, claim, partition)
+        self._send(self._pending.copy(), partition)
 
-    def _send(self, request_id: str, claim: _Claim, partition: int) -> None:
-        claim.due = self._clock.monotonic() + claim.delay
-        claim.delay = min(2 * claim.delay, LAST)
-        self._outbox.claim(claim.attempt, ReplyTo(partition=partition, request_id=request_id))
-
-    def _tail(self) -> None:
-        partition = random.randrange(max(1, self._broker.partitions(self._replies)))  # noqa: S311 - spreads load only
-        tp = TP(self._replies, partition)
-        reader = self._broker.reader(self._broker.end_offsets([tp]))
-        try:
-            with self._lock:
-                self._partition = partition
-            busy = self._clock.monotonic()
-            while not self._closed:
-                self.resend(partition)
-                for item in reader.poll(0.1):
-                    if isinstance(item, Message):
-                        self._read(item)
-                with self._lock:
-                    if self._pending:
-                        busy = self._clock.monotonic()
-                    elif self._clock.monotonic() - busy > IDLE:
-                        self._partition, self._tailing = None, False
-                        return
-        finally:
-            reader.close()
-
-    def _read(self, message: Message) -> None:
-        try:
-            reply = self._codec.decode_as(Reply, message.value)
-        except CodecError:
-            return  # the answer to somebody else; ours would be asked for again
+    def take(self, reply: Reply) -> None:
+        """An answer, perhaps to a claim."""
         with self._lock:
             claim = self._pending.get(reply.request_id)
             if claim is None or (reply.claim is None and reply.status == "OK"):
@@ -145,3 +94,11 @@ class Claims:
             del self._pending[reply.request_id]
         # A run that the processor does not know, or a step that it refuses to speak of, needs no result.
         self._answered(claim.attempt, reply.claim == "OPEN", reply.execution)
+
+    def _send(self, request_ids: Iterable[str], partition: int) -> None:
+        now = self._clock.monotonic()
+        with self._lock:  # the thread that asks and the one that reads answers must not both send the same
+            claims = [(r, self._pending[r]) for r in request_ids if r in self._pending]
+            due = [(request_id, claim.attempt) for request_id, claim in claims if claim.is_due(now)]
+        for request_id, attempt in due:
+            self._outbox.claim(attempt, ReplyTo(partition=partition, request_id=request_id))

@@ -7,11 +7,13 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from durably_schemas import CodecError
-from durably_schemas.records import StepRequest
+from durably_schemas.records import StepFailed, StepRequest
 
+from durably import failures
 from durably.broker.port import TP, Committed, End
-from durably.errors import BrokerError
+from durably.errors import BrokerError, SerializationError
 from durably.worker.attempt import Attempt
+from durably.worker.salvage import salvaged
 from durably.worker.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -88,8 +90,9 @@ class Intake:
                 self._hold(consumer, POLL / 10)
                 self._waiting.clear()
                 self._serve(consumer)
-            self._steps.abandon()
         finally:
+            # Also after an error: what is cut off by it must not be taken for the step's own failure.
+            self._steps.abandon()
             consumer.close()
 
     def turn(self, consumer: Consumer) -> None:
@@ -153,8 +156,23 @@ class Intake:
             return Attempt(self._codec.decode_as(StepRequest, message.value), message, tracker)
         except CodecError as e:
             self._outbox.dead_letter(message, str(e))
-            tracker.release(message.offset)
+            self._refuse(message, tracker, e)
             return None
+
+    def _refuse(self, message: Message, tracker: Tracker, reason: CodecError) -> None:
+        """Reports a request that cannot be decoded as failed, where it can be read whose it is."""
+        request = salvaged(message)
+        if request is None:
+            tracker.release(message.offset)
+            return
+        attempt = Attempt(request, message, tracker)
+        attempt.started_at = self._clock.now()
+        error = SerializationError(
+            f"the request for step {request.step} cannot be decoded by this worker: {reason}; deploy the version of "
+            f"durably that wrote it to every worker of {self._topic}"
+        )
+        # Not for good: in the middle of a deployment the next attempt may find a worker that can.
+        self._outbox.result(attempt, StepFailed(error=failures.to_error(error)))
 
     def _start(self) -> None:
         if not self._waiting:

@@ -51,8 +51,11 @@ class Outbox:
             value = self._encode_result(attempt, self._shortened(attempt, outcome, len(value)))
         self._send_result(attempt, value)
 
-    def heartbeat(self, attempt: Attempt, ttl: float) -> None:
-        """Extends an attempt's lease by ``ttl`` seconds from now; its offset is released when that is durable."""
+    def heartbeat(self, attempt: Attempt, ttl: float, reply_to: ReplyTo | None = None) -> None:
+        """Extends an attempt's lease by ``ttl`` seconds from now; its offset is released when that is durable.
+
+        With ``reply_to`` it asks whether the attempt is still wanted.
+        """
         request = attempt.request
         beat = StepHeartbeat(
             run_id=request.run_id,
@@ -61,6 +64,7 @@ class Outbox:
             worker=self._worker_id,
             started_at=attempt.started_at,
             lease_until=self._clock.now() + round(ttl * 1000),
+            reply_to=reply_to,
         )
         first = attempt.beat_at is None
         attempt.beat_at = self._clock.monotonic()
@@ -147,10 +151,7 @@ class Outbox:
             return StepFailed(error=error, retry_after=outcome.retry_after, fatal=outcome.fatal)
         return StepFailed(
             error=failures.to_error(
-                RecordTooLarge(
-                    f"the result of step {attempt.request.step} takes {size} bytes, and a record "
-                    f"{self._max_bytes} at most: keep large data elsewhere and return a reference to it"
-                )
+                RecordTooLarge.of(f"the result of step {attempt.request.step}", size, self._max_bytes)
             ),
             fatal=True,
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from durably_schemas.records import StepFailed
 
 from durably import failures
-from durably.errors import RegistrationError
+from durably.errors import PayloadCodecError, RegistrationError
 from durably.worker import execution
 from durably.worker.leases import GRACE
 from durably.worker.writers import StepWriters
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from contextvars import Context
 
     from durably.authoring import Registry
+    from durably.runtime import Services
     from durably.worker.attempt import Attempt
     from durably.worker.capacity import Capacity
     from durably.worker.claims import Claims
@@ -50,19 +51,23 @@ class Steps:
         *,
         outbox: Outbox,
         streams: StreamTopic,
+        services: Services,
         capacity: Capacity,
         loop: asyncio.AbstractEventLoop,
         threads: Threads,
         context: Context,
+        cancel_grace: float,
         clock: Clock,
     ) -> None:
         self._registry = registry
         self._outbox = outbox
         self._streams = streams
+        self._services = services
         self._capacity = capacity
         self._loop = loop
         self._threads = threads
         self._context = context
+        self._cancel_grace = cancel_grace
         self._clock = clock
         # Taking an attempt out of here decides who reports it: dict.pop is atomic.
         self._running: dict[Attempt, Attempt] = {}
@@ -77,7 +82,7 @@ class Steps:
         batch: list[Attempt] = []
         for attempt in attempts:
             if attempt.message.offset < attempt.tracker.claim_below:
-                self.claims.ask(attempt)
+                self.claims.about(attempt)
             else:
                 self._begin(attempt, batch)
         if batch:
@@ -113,17 +118,42 @@ class Steps:
     def abandon(self) -> None:
         """Gives up what still runs, unreported: it is delivered again, at once where it had become a lease."""
         for attempt in self.running():
-            if self._running.pop(attempt, None) is not None:
+            if self._running.pop(attempt, None) is None:
+                continue
+            if attempt.unwanted:
+                attempt.release()
+            else:
                 logger.warning("%s did not end in time and is left to another worker", attempt)
                 if attempt.beat_at is not None:
                     self._outbox.heartbeat(attempt, 0)
-                self._let_go(attempt)
-                self._capacity.give()
+            self._let_go(attempt, "the worker stops, and leaves it to another one")
+            self._capacity.give()
 
     def give_up(self, attempt: Attempt) -> None:
-        """Reports that an attempt took too long; whatever it does later is dropped."""
-        if self._report(attempt, self._failed(attempt, execution.timed_out(attempt))):
-            self._let_go(attempt)
+        """Reports that an attempt took too long; whatever it does later is dropped.
+
+        One that was cancelled took too long to clean up, and is not reported.
+        """
+        if attempt.unwanted:
+            logger.warning("%s was cancelled, and still does not end: its slot is taken from it", attempt)
+        outcome = None if attempt.unwanted else self._failed(attempt, execution.timed_out(attempt))
+        if self._report(attempt, outcome):
+            self._let_go(attempt, "it took longer than its timeout")
+
+    def cancel(self, attempt: Attempt) -> None:
+        """Ends an attempt whose result is no longer wanted: its cleanup may run for a while, and nothing is reported.
+
+        A plain function cannot be interrupted: it holds its slot until it returns, or its timeout has passed.
+        """
+        if attempt.unwanted or attempt not in self._running:
+            return
+        attempt.unwanted = True
+        logger.info("%s is no longer wanted, and is cancelled", attempt)
+        if attempt.step is not None and attempt.step.is_async:
+            until = self._clock.monotonic() + self._cancel_grace
+            attempt.deadline = until if attempt.deadline is None else min(attempt.deadline, until)
+            self.leases.watch(attempt)
+        self._loop.call_soon_threadsafe(_interrupt, attempt, execution.no_longer_wanted(attempt))
 
     def _drop_claims(self, *, everything: bool = False) -> None:
         for _ in self.claims.forget(lambda attempt: everything or attempt.tracker.revoked):
@@ -135,7 +165,7 @@ class Steps:
         attempt.started_at = self._clock.now()
         attempt.started = self._clock.monotonic()
         self._running[attempt] = attempt
-        step = self._registry.steps.get(request.step)
+        step = self._registry.step(request.step)
         if step is None:
             self._unknown(attempt)
             return
@@ -155,27 +185,29 @@ class Steps:
     async def _run(self, attempt: Attempt) -> None:
         self._set_deadline(attempt, GRACE)
         try:
-            outcome: Outcome = await execution.run(attempt)
+            outcome: Outcome = await execution.run(attempt, self._services)
         except execution.Unreadable as e:
             outcome = self._unreadable(attempt, e)
         except BaseException as e:  # whatever a step raises, SystemExit too, is its result and not the worker's end
-            if attempt not in self._running:
+            if attempt.unwanted or attempt not in self._running:  # its CancelledError, or what it made of it
+                self._report(attempt, None)
                 return
             outcome = self._failed(attempt, e)
             try:
                 await self._writers(attempt).settle()
-            except Exception:
+            except BaseException:  # also a cancellation of its own that the step has left to the next await
                 logger.debug("the streams of %s failed too", attempt, exc_info=True)
         self._report(attempt, outcome)
 
     def _run_sync(self, attempt: Attempt) -> None:
         self._set_deadline(attempt, 0)
         try:
-            outcome: Outcome = self._context.copy().run(execution.run_sync, attempt, self._loop)
+            outcome: Outcome = self._context.copy().run(execution.run_sync, attempt, self._services, self._loop)
         except execution.Unreadable as e:
             outcome = self._unreadable(attempt, e)
         except BaseException as e:  # as above
-            if attempt not in self._running:
+            if attempt.unwanted or attempt not in self._running:
+                self._report(attempt, None)
                 return
             outcome = self._failed(attempt, e)
             try:
@@ -193,20 +225,23 @@ class Steps:
         assert attempt.writers is not None
         return attempt.writers
 
-    def _report(self, attempt: Attempt, outcome: Outcome) -> bool:
-        """Sends the result and frees the slot; False where somebody else has settled the attempt."""
+    def _report(self, attempt: Attempt, outcome: Outcome | None) -> bool:
+        """Sends the result, where it is wanted, and frees the slot; False where somebody else has settled the attempt."""
         if self._running.pop(attempt, None) is None:
             return False
-        self._outbox.result(attempt, outcome)
+        if attempt.unwanted or outcome is None:
+            attempt.release()
+        else:
+            self._outbox.result(attempt, outcome)
         self._capacity.give()
         return True
 
-    def _let_go(self, attempt: Attempt) -> None:
+    def _let_go(self, attempt: Attempt, why: str) -> None:
         """Ends what can be ended of an attempt whose slot is taken from it."""
+        attempt.unwanted = True
         if attempt.writers is not None:
             attempt.writers.shut()
-        if attempt.task is not None:
-            self._loop.call_soon_threadsafe(attempt.task.cancel)
+        self._loop.call_soon_threadsafe(_interrupt, attempt, f"{attempt} is given up: {why}")
 
     def _failed(self, attempt: Attempt, exc: BaseException) -> StepFailed:
         outcome = execution.failed(exc, self._clock)
@@ -216,7 +251,8 @@ class Steps:
     def _unreadable(self, attempt: Attempt, exc: execution.Unreadable) -> StepFailed:
         error = failures.to_error(exc.__cause__ or exc)
         self._outbox.dead_letter(attempt.message, error.message, attempt)
-        return StepFailed(error=error, fatal=True)
+        # A codec that is missing here may be there in another worker; nothing else gets better by trying again.
+        return StepFailed(error=error, fatal=not isinstance(exc.__cause__, PayloadCodecError))
 
     def _unknown(self, attempt: Attempt) -> None:
         error = RegistrationError(
@@ -225,3 +261,9 @@ class Steps:
         )
         self._outbox.dead_letter(attempt.message, str(error), attempt)
         self._report(attempt, StepFailed(error=failures.to_error(error), fatal=True))
+
+
+def _interrupt(attempt: Attempt, why: str) -> None:
+    """Cancels what runs of an attempt on the loop. Called there: its task may have been made in the meantime."""
+    if attempt.task is not None:
+        attempt.task.cancel(why)

@@ -19,6 +19,8 @@ from durably.worker.clock import Clock, SystemClock
 from durably.worker.intake import Intake
 from durably.worker.leases import Leases
 from durably.worker.outbox import Outbox
+from durably.worker.replies import Replies
+from durably.worker.services import WorkerServices
 from durably.worker.steps import Steps
 from durably.worker.threads import Threads
 from durably.worker.writers import StreamTopic
@@ -40,7 +42,8 @@ class Worker:
     """Runs the steps of a registry that are asked for on some queues.
 
     Threads: one that polls for each queue; one for the event loop that async steps share; as many as plain functions
-    need at once; one that watches over leases and deadlines; and, while claims are open, one that reads the answers.
+    need at once; one that watches over leases and deadlines; and, while claims or leases are open, one that reads what
+    processors answer to them.
 
     Args:
         broker: where the topics are. It stays open.
@@ -53,6 +56,7 @@ class Worker:
         lease_after: seconds after which a running step becomes a lease.
         heartbeat_every: seconds between the heartbeats of a lease.
         lease_ttl: seconds after the last heartbeat at which the processor gives a lease to somebody else.
+        cancel_grace: seconds that an async step has to clean up when it is cancelled.
         clock: the time.
 
     Attributes:
@@ -73,6 +77,7 @@ class Worker:
         lease_after: float = 5.0,
         heartbeat_every: float = 5.0,
         lease_ttl: float = 20.0,
+        cancel_grace: float = 10.0,
         clock: Clock | None = None,
     ) -> None:
         if concurrency < 1:
@@ -82,7 +87,9 @@ class Worker:
         self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         self.error: BaseException | None = None
         self._clock = clock = clock or SystemClock()
-        self._codec = codec = Codec()
+        self._registry = registry
+        self._queues = tuple(dict.fromkeys(queues))
+        codec = Codec()
         self._polling: list[threading.Thread] = []
         self._others: list[threading.Thread] = []
         self._loop = asyncio.new_event_loop()
@@ -99,29 +106,45 @@ class Worker:
         )
         outbox = Outbox(producer, codec, catalogue, worker_id=self.worker_id, max_bytes=largest, clock=clock)
         capacity = Capacity(concurrency)
+        self._services = WorkerServices(
+            broker,
+            catalogue,
+            producer=producer,
+            acknowledgements=streams.acknowledgements,
+            codec=codec,
+            loop=self._loop,
+            clock=clock,
+        )
         self._steps = steps = Steps(
             registry,
             outbox=outbox,
             streams=streams,
+            services=self._services,
             capacity=capacity,
             loop=self._loop,
             threads=self._threads,
             context=contextvars.copy_context(),
+            cancel_grace=cancel_grace,
             clock=clock,
         )
-        self._claims = Claims(
-            broker,
-            replies=catalogue.replies,
-            codec=codec,
-            outbox=outbox,
-            answered=steps.answered,
-            start_thread=self._start_thread,
+        self._replies = replies = Replies(
+            broker, catalogue.replies, codec=codec, start_thread=self._start_thread, clock=clock
+        )
+        claims = Claims(replies, outbox, steps.answered, clock=clock)
+        self._leases = leases = Leases(
+            steps.running,
+            outbox,
+            replies,
+            give_up=steps.give_up,
+            cancel=steps.cancel,
+            after=lease_after,
+            every=heartbeat_every,
+            ttl=lease_ttl,
             clock=clock,
         )
-        self._leases = Leases(
-            steps.running, outbox, steps.give_up, after=lease_after, every=heartbeat_every, ttl=lease_ttl, clock=clock
-        )
-        steps.claims, steps.leases = self._claims, self._leases
+        replies.serve(claims)
+        replies.serve(leases)
+        steps.claims, steps.leases = claims, leases
         self._intakes = [
             Intake(
                 broker,
@@ -134,11 +157,12 @@ class Worker:
                 steps=steps,
                 clock=clock,
             )
-            for queue in dict.fromkeys(queues)
+            for queue in self._queues
         ]
 
     def start(self) -> None:
-        """Starts the threads, and returns."""
+        """Starts the threads, and returns. Warns when the registry has no step for the queues."""
+        self._check_steps()
         self._start_thread(self._run_loop, "loop")
         self._start_thread(self._leases.run, "leases")
         for intake in self._intakes:
@@ -159,16 +183,37 @@ class Worker:
         """Waits until the worker has stopped, and lets go of what it holds. See `error` for why it did."""
         for thread in self._polling:
             thread.join()
-        self._claims.close()
+        self._replies.close()
         self._leases.close()
         if not self._others:
             self._loop.close()  # never started
         elif not self._loop.is_closed():
+            self._services.close()
             self._loop.call_soon_threadsafe(self._loop.stop)
         for thread in self._others:
             thread.join(LEAVE)
         self._threads.close()
         self._producer.close()
+
+    def _check_steps(self) -> None:
+        steps = self._registry.steps.values()
+        serves = ", ".join(self._queues)
+        if not steps:
+            logger.warning(
+                "worker %s serves %s, but no step is registered: name the modules that define them; until then every "
+                "request fails",
+                self.worker_id,
+                serves,
+            )
+        elif not any(step.queue in self._queues for step in steps):
+            others = ", ".join(sorted({step.queue for step in steps}))
+            logger.warning(
+                "worker %s serves %s, but its steps are for %s: add --queue, or correct queue= of the steps; it runs "
+                "only calls that name its queue by options(queue=…)",
+                self.worker_id,
+                serves,
+                others,
+            )
 
     def _run_loop(self) -> None:
         loop = self._loop

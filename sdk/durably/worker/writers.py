@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 from durably_schemas.catalogue import partition_for
 from durably_schemas.records import StreamChunk, StreamWritten
 
-from durably import payloads
+from durably import chunks
 from durably.errors import DurablyError, RecordTooLarge
+from durably.streams import LONGEST_NAMESPACE, Readable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from durably_schemas import Codec
     from durably_schemas.records import ChunkKind, Payload
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
     from durably.broker.port import Producer
     from durably.worker.clock import Clock
 
-UNACKNOWLEDGED = 256  # chunks of one execution that may be under way; more make it wait
+UNACKNOWLEDGED = 1_000  # chunks of one execution that may be under way; more make it wait
+UNACKNOWLEDGED_BYTES = 8 * 1024 * 1024  # as many of theirs; the last one may lie above
 ROUND = 0.0005  # seconds between two looks at the acknowledgements, while an async step waits for one
+_ITERATORS = (AsyncIterator, Iterator)
 LOOK = 0.01  # seconds that a thread waits for one, before it looks whether another thread was told
 
 
@@ -31,27 +35,26 @@ class Acknowledgements:
 
     def __init__(self, producer: Producer) -> None:
         self._producer = producer
-        self._round: asyncio.Future[None] | None = None
+        # The worker's loop is one; a plain function that calls asyncio.run() brings another.
+        self._rounds: dict[asyncio.AbstractEventLoop, asyncio.Future[None]] = {}
 
     async def until(self, done: Callable[[], bool]) -> None:
-        """Waits on the worker's loop."""
+        """Waits on the running loop."""
         while not done():
-            if self._round is None:
-                loop = asyncio.get_running_loop()
-                self._round = loop.create_future()
-                loop.call_later(ROUND, self._serve)
-            await asyncio.shield(self._round)
+            loop = asyncio.get_running_loop()
+            if loop not in self._rounds:
+                self._rounds[loop] = loop.create_future()
+                loop.call_later(ROUND, self._serve, loop)
+            await asyncio.shield(self._rounds[loop])
 
     def until_sync(self, done: Callable[[], bool]) -> None:
         """Waits on a thread."""
         while not done():
             self._producer.poll(LOOK)
 
-    def _serve(self) -> None:
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         self._producer.poll(0)
-        served, self._round = self._round, None
-        assert served is not None
-        served.set_result(None)
+        self._rounds.pop(loop).set_result(None)
 
 
 class StreamTopic:
@@ -95,7 +98,10 @@ class StepWriters:
     Acknowledgements arrive on any thread that polls the producer, within a `send` too: the lock is reentrant.
     """
 
-    __slots__ = ("_acknowledged", "_error", "_lock", "_over", "_sent", "_streams", "_topic", "run_id", "writer")
+    __slots__ = (
+        "_acknowledged", "_bytes", "_drained", "_error", "_lock", "_over", "_sent", "_streams", "_topic", "run_id",
+        "writer",
+    )  # fmt: skip
 
     def __init__(self, topic: StreamTopic, run_id: str, writer: str) -> None:
         self.run_id = run_id
@@ -105,6 +111,8 @@ class StepWriters:
         self._lock: threading.RLock | None = None
         self._sent = 0
         self._acknowledged = 0
+        self._bytes = 0  # sent and not acknowledged
+        self._drained = 0
         self._error: Exception | None = None
         self._over = False
 
@@ -112,12 +120,12 @@ class StepWriters:
         """Sends a chunk; waits while too many are unacknowledged."""
         if not self._room():
             await self._topic.acknowledgements.until(self._room)
-        self._send(namespace, "DATA", payloads.dump(value, f"a chunk for stream {namespace!r}"))
+        self._send(namespace, "DATA", chunks.dump(value, namespace))
 
     def write_sync(self, namespace: str, value: Any) -> None:
         """The same, blocking."""
         self._topic.acknowledgements.until_sync(self._room)
-        self._send(namespace, "DATA", payloads.dump(value, f"a chunk for stream {namespace!r}"))
+        self._send(namespace, "DATA", chunks.dump(value, namespace))
 
     def end(self, namespace: str) -> None:
         """Sends the end of a stream, once."""
@@ -159,8 +167,16 @@ class StepWriters:
             if stream.first_offset >= 0
         )
 
+    def new_result_stream(self) -> Readable:
+        """A stream for an iterator in the result: of this execution alone, so that no attempt reads another's chunks."""
+        self._drained += 1
+        name = f"result-{self.writer}" if self._drained == 1 else f"result-{self.writer}-{self._drained}"
+        return Readable(self.run_id, name[:LONGEST_NAMESPACE])
+
     def _room(self) -> bool:
-        return self._sent - self._acknowledged < UNACKNOWLEDGED or self._error is not None
+        return self._error is not None or (
+            self._sent - self._acknowledged < UNACKNOWLEDGED and self._bytes < UNACKNOWLEDGED_BYTES
+        )
 
     def _check(self) -> None:
         if self._error is not None:
@@ -188,23 +204,22 @@ class StepWriters:
                 payload=payload,
             )
             value = topic.codec.encode(chunk)
-            if len(value) > topic.max_bytes:
-                raise RecordTooLarge(
-                    f"a chunk for stream {namespace!r} has {len(value)} bytes, and a record {topic.max_bytes} at most: "
-                    f"write smaller chunks"
-                )
+            size = len(value)
+            if size > topic.max_bytes:
+                raise RecordTooLarge.of(f"a chunk for stream {namespace!r}", size, topic.max_bytes)
             topic.producer.send(
                 topic.name,
                 value,
                 key=self.run_id.encode(),
-                on_ack=lambda error, offset: self._on_ack(stream, error, offset),
+                on_ack=lambda error, offset: self._on_ack(stream, size, error, offset),
             )
             stream.n += 1
             stream.chunks += kind == "DATA"
             stream.ended = kind == "END"
             self._sent += 1
+            self._bytes += size
 
-    def _on_ack(self, stream: _Stream, error: Exception | None, offset: int) -> None:
+    def _on_ack(self, stream: _Stream, size: int, error: Exception | None, offset: int) -> None:
         assert self._lock is not None
         with self._lock:
             if error is not None:
@@ -212,3 +227,71 @@ class StepWriters:
             elif stream.first_offset < 0 or offset < stream.first_offset:
                 stream.first_offset = offset
             self._acknowledged += 1
+            self._bytes -= size
+
+
+async def drain(writers: StepWriters, value: Any) -> Any:
+    """The result of an async step, with handles of streams in the place of iterators.
+
+    An iterator, async or not, that is the result, or an item of the list, tuple or dict that it is, is written to its
+    end to a stream of its own. What an iterator raises is raised here.
+    """
+    if isinstance(value, AsyncIterator):
+        return await _drain(writers, value)
+    if isinstance(value, Iterator):
+        try:
+            return await asyncio.to_thread(_drain_sync, writers, value)
+        except asyncio.CancelledError:
+            writers.shut()  # the thread goes on to its next write
+            raise
+    items = _items(value)
+    if not any(isinstance(item, _ITERATORS) for item in items):
+        return value
+    return _rebuilt(value, [await drain(writers, i) if isinstance(i, _ITERATORS) else i for i in items])
+
+
+def drain_sync(writers: StepWriters, value: Any, loop: asyncio.AbstractEventLoop) -> Any:
+    """As `drain`, for a plain function on its thread; async iterators are drawn from on the worker's loop."""
+    if isinstance(value, AsyncIterator):
+        return asyncio.run_coroutine_threadsafe(_drain(writers, value), loop).result()
+    if isinstance(value, Iterator):
+        return _drain_sync(writers, value)
+    items = _items(value)
+    if not any(isinstance(item, _ITERATORS) for item in items):
+        return value
+    return _rebuilt(value, [drain_sync(writers, i, loop) if isinstance(i, _ITERATORS) else i for i in items])
+
+
+async def _drain(writers: StepWriters, values: AsyncIterator[Any]) -> Readable:
+    handle = writers.new_result_stream()
+    try:
+        async for value in values:
+            await writers.write(handle.namespace, value)
+    finally:
+        if (close := getattr(values, "aclose", None)) is not None:
+            await close()
+    writers.end(handle.namespace)
+    return handle
+
+
+def _drain_sync(writers: StepWriters, values: Iterator[Any]) -> Readable:
+    handle = writers.new_result_stream()
+    try:
+        for value in values:
+            writers.write_sync(handle.namespace, value)
+    finally:
+        if (close := getattr(values, "close", None)) is not None:
+            close()
+    writers.end(handle.namespace)
+    return handle
+
+
+def _items(value: Any) -> Collection[Any]:
+    kind = type(value)
+    if kind is dict:
+        return cast("dict[Any, Any]", value).values()
+    return value if kind is list or kind is tuple else ()
+
+
+def _rebuilt(value: Any, items: list[Any]) -> Any:
+    return dict(zip(value, items, strict=True)) if type(value) is dict else type(value)(items)

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from durably.errors import ConfigurationError
+from durably.tokens import PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +17,7 @@ _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _RANDOM_BITS = 80
 _LENGTH = 26
 LONGEST_RUN_ID = 200
-RESERVED = "hook_"
+"""Bytes of a run's id."""
 
 
 class Ulids:
@@ -40,7 +41,16 @@ class Ulids:
             else:
                 self._last += 1  # an overflow of the random part moves into the time, which keeps the order
             value = self._last
-        return "".join(_ALPHABET[value >> shift & 31] for shift in range(5 * (_LENGTH - 1), -1, -5))
+        return _text(value)
+
+
+def ulid_of(ms: int, randomness: int) -> str:
+    """The ULID of an instant, in milliseconds since the epoch, and 80 bits."""
+    return _text(ms << _RANDOM_BITS | randomness)
+
+
+def _text(value: int) -> str:
+    return "".join(_ALPHABET[value >> shift & 31] for shift in range(5 * (_LENGTH - 1), -1, -5))
 
 
 ulid = Ulids()
@@ -53,17 +63,17 @@ def new_run_id() -> str:
 
 def checked_run_id(run_id: str) -> str:
     """The same id. Raises `ConfigurationError` when no run may have it, saying why."""
-    remedy = f"use 1 to {LONGEST_RUN_ID} printable characters without '|'"
+    remedy = f"use 1 to {LONGEST_RUN_ID} bytes of printable text without '|'"
     if not isinstance(run_id, str):
         raise ConfigurationError(f"run_id {run_id!r} is no text: {remedy}")
     if not run_id:
         raise ConfigurationError(f"run_id is empty: {remedy}")
-    if len(run_id) > LONGEST_RUN_ID:
-        raise ConfigurationError(f"run_id {run_id[:40]!r}… has {len(run_id)} characters: {remedy}")
+    if (size := len(run_id.encode("utf-8", "surrogatepass"))) > LONGEST_RUN_ID:
+        raise ConfigurationError(f"run_id {run_id[:40]!r}… has {size} bytes: {remedy}")
     if not run_id.isprintable() or run_id != run_id.strip():
         raise ConfigurationError(f"run_id {run_id!r} has unprintable characters, or space around it: {remedy}")
     if "|" in run_id:
         raise ConfigurationError(f"run_id {run_id!r} has a '|': {remedy}")
-    if run_id.startswith(RESERVED):
-        raise ConfigurationError(f"run_id {run_id!r} begins with {RESERVED!r}, which is reserved for hooks: {remedy}")
+    if run_id.startswith(PREFIX):
+        raise ConfigurationError(f"run_id {run_id!r} begins with {PREFIX!r}, which is reserved for hooks: {remedy}")
     return run_id

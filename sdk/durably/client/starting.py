@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,17 @@ from durably_schemas.records import Payload, StartRun
 
 from durably import payloads
 from durably.authoring import WorkflowDefinition
-from durably.client.identifiers import checked_run_id, new_run_id
 from durably.durations import Duration, milliseconds
+from durably.errors import ConfigurationError
+from durably.identifiers import checked_run_id, new_run_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+LONGEST_ATTRIBUTES = 16_384
+"""Characters of a run's attributes, names and values together: they are repeated in each of its summaries."""
+_NONCE_BYTES = 16
 
 
 class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,18 +43,41 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
         for name, value in self.attributes.items():
             if not isinstance(name, str) or not isinstance(value, str):
                 raise TypeError(f"attribute {name!r}={value!r}: names and values of attributes are texts")
+        length = sum(len(name) + len(value) for name, value in self.attributes.items())
+        if length > LONGEST_ATTRIBUTES:
+            raise ConfigurationError(
+                f"the attributes {', '.join(self.attributes)[:100]} have {length:,} characters, names and values "
+                f"together; {LONGEST_ATTRIBUTES:,} may be: pass long texts as arguments"
+            )
         if self.delay is not None:
             milliseconds(self.delay, now=0)
 
+    def named(self) -> NamedOptions:
+        """The same for one certain run, with an id if none was given."""
+        return NamedOptions(
+            run_id=self.run_id if self.run_id is not None else new_run_id(),
+            attributes=self.attributes,
+            delay=self.delay,
+        )
+
+
+class NamedOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How one run is to be started. Made by `StartOptions.named`, which has checked them."""
+
+    run_id: str
+    attributes: Mapping[str, str]
+    delay: Duration | None
+
     def command(self, workflow: str, input: Payload) -> StartRun:  # noqa: A002 - as the record names it
-        """The record that asks for the run, with an id if none was given."""
+        """The record that asks for the run."""
         now = time.time_ns() // 1_000_000
         return StartRun(
-            run_id=self.run_id if self.run_id is not None else new_run_id(),
+            run_id=self.run_id,
             workflow=workflow,
             input=input,
             requested_at=now,
             attributes=dict(self.attributes),
+            nonce=secrets.token_urlsafe(_NONCE_BYTES),
             start_at=None if self.delay is None else now + milliseconds(self.delay, now=now),
         )
 

@@ -1,0 +1,6 @@
+"""The gateway: REST, webhooks and server-sent events, as one ASGI application."""
+
+from durably_connectors.http.app import create_gateway
+from durably_connectors.http.server import GatewayThread, local_gateway, serve
+
+__all__ = ["GatewayThread", "create_gateway", "local_gateway", "serve"]

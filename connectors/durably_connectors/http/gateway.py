@@ -1,0 +1,121 @@
+"""What the gateway's routes share: the client, the list of runs, and the limits."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+
+from durably.client import AsyncClient
+from durably.jsonable import to_json
+from fastapi import Depends, Request
+from starlette.responses import Response
+
+from durably_connectors.http.projection import Projection
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+    from pathlib import Path
+
+    from durably.client.connection import Connection
+
+T = TypeVar("T")
+
+MAX_BODY = 10 * 1024 * 1024
+"""Bytes of a request's body, by default."""
+RESPONSE_TIMEOUT = 30.0
+"""Seconds that the caller of a webhook waits for a step's response, by default."""
+
+
+class Gateway:
+    """One gateway. It opens with the application's lifespan, or where it is mounted and has none, at its first request.
+
+    Args:
+        client: who talks to the broker; where it is a URL, or None for ``DURABLY_URL``, a client of its own.
+        projection: the file of the list of runs; in memory by default.
+        public_url: what people reach the gateway by, ``https://hooks.example.com``; else what requests say.
+        response_timeout: seconds that the caller of a webhook waits for a step's response.
+    """
+
+    def __init__(
+        self,
+        client: AsyncClient | str | None,
+        *,
+        projection: Path | None = None,
+        public_url: str | None = None,
+        response_timeout: float = RESPONSE_TIMEOUT,
+    ) -> None:
+        self._owned = not isinstance(client, AsyncClient)
+        self.client = client if isinstance(client, AsyncClient) else AsyncClient(client)
+        self.public_url = None if public_url is None else public_url.rstrip("/")
+        self.response_timeout = response_timeout
+        self._path = projection
+        self._lock = threading.Lock()
+        self._projection: Projection | None = None
+        self._leaving: set[asyncio.Future[None]] = set()
+
+    @property
+    def connection(self) -> Connection:
+        """The client's, for what its methods do not offer: answers as they came, undecoded."""
+        return self.client._connection  # noqa: SLF001
+
+    @property
+    def projection(self) -> Projection:
+        """The list of runs; begins to be kept at the first call."""
+        with self._lock:
+            if self._projection is None:
+                self._projection = Projection(self.connection, self._path)
+                self._projection.start()
+            return self._projection
+
+    def leaving(self) -> asyncio.Future[None]:
+        """Done when the server stops, so that what is open does not keep it. To be cancelled when it is of no more use."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._leaving.add(future)
+        future.add_done_callback(self._leaving.discard)
+        return future
+
+    def leave(self) -> None:
+        """Tells all who have asked for `leaving`. On the server's event loop."""
+        for future in list(self._leaving):
+            if not future.done():
+                future.set_result(None)
+
+    async def or_leaving(self, awaitable: Awaitable[T]) -> T | None:
+        """What it gives; None where the server stops before, and then it is cancelled."""
+        task, leaving = asyncio.ensure_future(awaitable), self.leaving()
+        either: set[asyncio.Future[Any]] = {task, leaving}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            leaving.cancel()
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def close(self) -> None:
+        """Lets go of the list, and of the client where it is the gateway's own. A request opens it again."""
+        with self._lock:
+            projection, self._projection = self._projection, None
+        if projection is not None:
+            projection.stop()
+        if self._owned:
+            await self.client.close()
+
+
+async def _of(request: Request) -> Gateway:  # a plain function would be called on a thread
+    return cast("Gateway", request.app.state.gateway)
+
+
+GatewayOf = Annotated[Gateway, Depends(_of)]
+"""The gateway that a route belongs to."""
+
+
+class Json(Response):
+    """A response of records and user values."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """As `durably.jsonable` shows them."""
+        return to_json(content)

@@ -1,0 +1,233 @@
+"""The list of runs: a SQLite table that follows the compacted topic ``runs``."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import sqlite3
+import threading
+from binascii import Error as NotBase64
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from durably.broker.port import TP, End, Message
+from durably_schemas import CodecError
+from durably_schemas.records import RunStatus, RunSummary
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
+
+    from durably.broker.port import Reader
+    from durably.client.connection import Connection
+
+log = logging.getLogger("durably.gateway")
+
+_POLL = 0.5  # seconds; how long stopping may take
+_BATCH = 5_000
+_FIRST_RETRY, _LONGEST_RETRY = 0.5, 10.0
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS runs (
+    run_id TEXT PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL, created_at INTEGER NOT NULL,
+    hooks INTEGER NOT NULL, summary BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS newest ON runs (created_at, run_id);
+CREATE INDEX IF NOT EXISTS newest_of_workflow ON runs (workflow, created_at, run_id);
+CREATE INDEX IF NOT EXISTS newest_of_status ON runs (status, created_at, run_id);
+CREATE INDEX IF NOT EXISTS waiting ON runs (created_at, run_id) WHERE hooks > 0;
+CREATE TABLE IF NOT EXISTS attributes (
+    run_id TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (run_id, name)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_attribute ON attributes (name, value, run_id);
+CREATE TABLE IF NOT EXISTS positions (partition INTEGER PRIMARY KEY, next INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS origin (identity TEXT NOT NULL);
+"""
+
+
+class RunQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """Which runs. ``created_from`` is included, ``created_to`` is not; in milliseconds since the epoch."""
+
+    workflow: str | None = None
+    statuses: Collection[RunStatus] = ()
+    attributes: Mapping[str, str] = {}
+    created_from: int | None = None
+    created_to: int | None = None
+    with_hooks: bool = False
+
+
+class Page(msgspec.Struct, frozen=True, kw_only=True):
+    """Runs, newest first; ``cursor`` asks for those that follow, None: there are none."""
+
+    runs: list[RunSummary]
+    cursor: str | None
+
+
+class Projection:
+    """A table of all runs, kept up to date by a thread of its own. Queries may come from any thread.
+
+    It is a moment behind the log: a run shows when its first summary is committed and read here.
+
+    Args:
+        connection: whose broker is read.
+        path: the database's file, which makes the next start fast; by default it lies in memory.
+    """
+
+    def __init__(self, connection: Connection, path: Path | None = None) -> None:
+        self._connection = connection
+        self._path = path
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False)
+        self._db.executescript(_SCHEMA)
+        self._positions: dict[TP, int] = {}
+        self._missing: dict[TP, int] = {}
+        self._stopping = threading.Event()
+        self._caught_up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="durably-projection", daemon=True)
+        self.problem: str | None = None
+        """Why it does not get on, where it does not."""
+
+    def start(self) -> None:
+        """Begins to follow the topic."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, and closes the database."""
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        with self._lock:
+            self._db.close()
+
+    def wait_ready(self, timeout: float) -> bool:
+        """Whether everything that was in the topic at the start has been read; waits for it up to so many seconds."""
+        return self._caught_up.wait(timeout)
+
+    def runs(self, query: RunQuery, limit: int, cursor: str | None = None) -> Page:
+        """A page of the runs that match, newest first. Raises `ValueError` for a cursor that is none of ours."""
+        where, values = _conditions(query)
+        if cursor is not None:
+            where.append("(created_at, run_id) < (?, ?)")
+            values += _position(cursor)
+        condition = f"WHERE {' AND '.join(where)}" if where else ""
+        statement = f"SELECT summary FROM runs {condition} ORDER BY created_at DESC, run_id DESC LIMIT ?"  # noqa: S608 - made of constants
+        with self._lock:
+            rows = self._db.execute(statement, [*values, limit + 1]).fetchall()
+        found = [self._connection.codec.decode_as(RunSummary, summary) for (summary,) in rows[:limit]]
+        return Page(runs=found, cursor=_cursor(found[-1]) if len(rows) > limit else None)
+
+    def _run(self) -> None:
+        delay = _FIRST_RETRY
+        while not self._stopping.is_set():
+            try:
+                reader = self._reader()
+                try:
+                    delay = _FIRST_RETRY
+                    self._follow(reader)
+                finally:
+                    reader.close()
+            except Exception as e:  # the broker may come back, and the topics may yet be made
+                self.problem = f"{type(e).__name__}: {e}"
+                log.warning("the list of runs is not kept up to date: %s; trying again in %s s", self.problem, delay)
+                self._stopping.wait(delay)
+                delay = min(2 * delay, _LONGEST_RETRY)
+
+    def _reader(self) -> Reader:
+        broker, topic = self._connection.broker, self._connection.catalogue.runs
+        tps = [TP(topic, p) for p in range(self._connection.partitions(topic))]
+        starts, ends = broker.start_offsets(tps), broker.end_offsets(tps, committed=True)
+        if self._path is not None:
+            self._belongs_to(broker.identity(topic))
+        with self._lock:
+            known = dict(self._db.execute("SELECT partition, next FROM positions"))
+        self._positions = {tp: max(starts[tp], known.get(tp.partition, 0)) for tp in tps}
+        self._missing = {tp: end for tp, end in ends.items() if self._positions[tp] < end}
+        self.problem = None
+        self._note_caught_up()
+        return broker.reader(self._positions)
+
+    def _belongs_to(self, identity: str) -> None:
+        """Empties the table where it was made from a topic of another cluster, or one that was made anew."""
+        with self._lock, self._db:
+            row = self._db.execute("SELECT identity FROM origin").fetchone()
+            if row is None or row[0] != identity:
+                for table in ("runs", "attributes", "positions", "origin"):
+                    self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - made of constants
+                self._db.execute("INSERT INTO origin VALUES (?)", (identity,))
+
+    def _follow(self, reader: Reader) -> None:
+        while not self._stopping.is_set():
+            batch = reader.poll(_POLL, _BATCH)
+            if batch:
+                self._apply(batch)
+                self._note_caught_up()
+
+    def _apply(self, batch: list[Message | End]) -> None:
+        latest: dict[bytes, bytes | None] = {}
+        moved: dict[TP, int] = {}
+        for item in batch:
+            moved[TP(item.topic, item.partition)] = item.offset + isinstance(item, Message)
+            if isinstance(item, Message) and item.key is not None:
+                latest[item.key] = item.value
+        with self._lock, self._db:
+            for key, value in latest.items():
+                self._put(key, value)
+            self._db.executemany(
+                "INSERT OR REPLACE INTO positions VALUES (?, ?)", [(tp.partition, at) for tp, at in moved.items()]
+            )
+        self._positions |= moved
+
+    def _put(self, key: bytes, value: bytes | None) -> None:
+        run_id = key.decode("utf-8", "replace")
+        try:
+            summary = None if value is None else self._connection.codec.decode_as(RunSummary, value)
+        except CodecError:
+            return  # one that this version cannot read does not hide the others
+        self._db.execute("DELETE FROM attributes WHERE run_id = ?", (run_id,))
+        if summary is None:
+            self._db.execute("DELETE FROM runs WHERE run_id = ?", (run_id,))
+            return
+        row = (run_id, summary.workflow, summary.status, summary.created_at, len(summary.hooks), value)
+        self._db.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?)", row)
+        self._db.executemany(
+            "INSERT INTO attributes VALUES (?, ?, ?)",
+            [(run_id, name, text) for name, text in summary.attributes.items()],
+        )
+
+    def _note_caught_up(self) -> None:
+        self._missing = {tp: end for tp, end in self._missing.items() if self._positions[tp] < end}
+        if not self._missing:
+            self._caught_up.set()
+
+
+def _conditions(query: RunQuery) -> tuple[list[str], list[Any]]:
+    where: list[str] = []
+    values: list[Any] = []
+
+    def add(condition: str, *given: Any) -> None:
+        where.append(condition)
+        values.extend(given)
+
+    if query.workflow is not None:
+        add("workflow = ?", query.workflow)
+    if query.statuses:
+        add(f"status IN ({', '.join('?' * len(query.statuses))})", *query.statuses)
+    for name, value in query.attributes.items():
+        add("run_id IN (SELECT run_id FROM attributes WHERE name = ? AND value = ?)", name, value)
+    if query.created_from is not None:
+        add("created_at >= ?", query.created_from)
+    if query.created_to is not None:
+        add("created_at < ?", query.created_to)
+    if query.with_hooks:
+        add("hooks > 0")
+    return where, values
+
+
+def _cursor(run: RunSummary) -> str:
+    return base64.urlsafe_b64encode(msgspec.json.encode([run.created_at, run.run_id])).decode()
+
+
+def _position(cursor: str) -> tuple[int, str]:
+    try:
+        return msgspec.json.decode(base64.urlsafe_b64decode(cursor), type=tuple[int, str])
+    except (NotBase64, ValueError, msgspec.MsgspecError):
+        raise ValueError(f"cursor {cursor!r:.100} is none: give the next_cursor of the page before") from None

@@ -1,0 +1,217 @@
+"""REST: starting runs, and looking at them."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import msgspec
+from durably import failures
+from durably.client import AsyncRun
+from durably.client.exchange import answer_async, answer_within_async, query, submit_async
+from durably.client.outcome import summary_of
+from durably.client.starting import StartOptions
+from durably.errors import ConfigurationError
+from durably.identifiers import checked_run_id
+from durably.payloads import JSON
+from durably_schemas.records import TERMINAL, Event, Payload, ReplyTo, RunStatus, RunSummary, StartRun
+from fastapi import APIRouter, Depends, Path, Query
+from pydantic import StringConstraints
+
+from durably_connectors.http import models
+from durably_connectors.http.gateway import Gateway, GatewayOf, Json
+from durably_connectors.http.problems import Problem
+from durably_connectors.http.projection import Page, RunQuery
+
+LONGEST_WAIT = 300.0
+"""Seconds that one request for a result may wait."""
+_ANSWER = 10.0  # seconds for a processor to answer a start, which is durable without its answer
+_COMPLETE = 10.0  # seconds for the list of runs to be complete, after the gateway's start
+
+router = APIRouter(prefix="/runs", tags=["runs"])
+
+
+async def _run_id(run_id: Annotated[str, Path(description="The run's id, percent-encoded.")]) -> str:
+    return _checked(run_id)
+
+
+def _checked(run_id: str) -> str:
+    try:
+        return checked_run_id(run_id)
+    except ConfigurationError as e:
+        raise Problem(400, "bad-run-id", str(e)) from None
+
+
+RunId = Annotated[str, Depends(_run_id)]
+"""The id in a path. Its routes come before the one that ends with it, because an id may hold slashes."""
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=models.Started,
+    responses={
+        200: {"model": models.Started, "description": "A run with this id was there before."},
+        202: {"model": models.Started, "description": "The start is durable, but no processor has answered yet."},
+    },
+)
+async def start(gateway: GatewayOf, asked: models.StartRequest) -> Json:
+    """Starts a run; answers when its start is durable."""
+    command = _command(asked)
+
+    def answered(to: ReplyTo) -> StartRun:
+        return msgspec.structs.replace(command, reply_to=to)
+
+    reply = await answer_within_async(gateway.connection, command.run_id, answered, _ANSWER)
+    if reply is None:
+        await submit_async(gateway.connection, command)  # known by its id, so that this is no second run
+        return _started(202, command.run_id, "pending", existing=False)
+    summary = summary_of(reply, command.run_id)
+    return _started(200 if reply.existing else 201, command.run_id, summary.status, existing=reply.existing)
+
+
+def _command(asked: models.StartRequest) -> StartRun:
+    given = [value for value in (asked.args, asked.kwargs, asked.input) if value is not None]
+    if len(given) > 1:
+        raise Problem(422, "invalid-request", "give one of args, kwargs and input: a call is by position or by name")
+    payload = Payload(content_type=JSON, data=msgspec.json.encode(given[0] if given else []))
+    try:
+        options = StartOptions(run_id=asked.run_id, attributes=asked.attributes, delay=asked.delay)
+    except (ConfigurationError, ValueError, TypeError) as e:
+        raise Problem(422, "invalid-request", str(e)) from None
+    return options.named().command(asked.workflow, payload)
+
+
+def _started(code: int, run_id: str, status: RunStatus, *, existing: bool) -> Json:
+    location = {"Location": f"runs/{quote(run_id, safe='')}"} if code == 201 else None
+    return Json({"run_id": run_id, "status": status, "existing": existing}, code, location)
+
+
+@router.get("", response_model=models.Runs)
+async def runs(
+    gateway: GatewayOf,
+    *,
+    workflow: Annotated[str | None, Query(description="Only runs of this workflow.")] = None,
+    status: Annotated[list[RunStatus], Query(description="Only runs that are this, or one of these.")] = [],  # noqa: B006 - FastAPI copies
+    attribute: Annotated[
+        list[Annotated[str, StringConstraints(pattern="^[^=]+=")]],
+        Query(description="Only runs with this attribute, as KEY=VALUE. Repeatable."),
+    ] = [],  # noqa: B006 - as above
+    created_from: Annotated[datetime | None, Query(description="Only runs of this instant or later.")] = None,
+    created_to: Annotated[datetime | None, Query(description="Only runs before this instant.")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    cursor: Annotated[str | None, Query(description="The next_cursor of the page before.")] = None,
+) -> Json:
+    """Lists runs, newest first; a moment behind the log."""
+    wanted = RunQuery(
+        workflow=workflow,
+        statuses=status,
+        attributes=dict(_pair(text) for text in attribute),
+        created_from=_milliseconds(created_from),
+        created_to=_milliseconds(created_to),
+    )
+    page = await listed(gateway, wanted, limit, cursor)
+    return Json({"runs": page.runs, "next_cursor": page.cursor})
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    return name, value
+
+
+def _milliseconds(instant: datetime | None) -> int | None:
+    if instant is None:
+        return None
+    return round((instant if instant.tzinfo is not None else instant.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+async def listed(gateway: Gateway, wanted: RunQuery, limit: int, cursor: str | None) -> Page:
+    """A page of the list of runs.
+
+    Raises:
+        Problem: with 503 while the list is not complete, with 400 for a bad cursor.
+    """
+    projection = gateway.projection
+    if not await asyncio.to_thread(projection.wait_ready, _COMPLETE):
+        why = projection.problem or "it is still being read"
+        raise Problem(503, "not-ready", f"the list of runs is not complete: {why}", {"Retry-After": "5"})
+    try:
+        return await asyncio.to_thread(projection.runs, wanted, limit, cursor)
+    except ValueError as e:
+        raise Problem(400, "bad-cursor", str(e)) from None
+
+
+@router.get("/{run_id:path}/events", response_model=models.Events)
+async def events(
+    gateway: GatewayOf, run_id: RunId, from_seq: Annotated[int, Query(ge=1, description="The first entry.")] = 1
+) -> Json:
+    """A page of a run's log, as committed."""
+    reply = await answer_async(gateway.connection, run_id, query(run_id, "EVENTS", from_seq))
+    summary_of(reply, run_id)
+    entries = [gateway.connection.codec.decode_as(Event, data) for data in reply.events]
+    return Json({"events": entries, "next_seq": reply.next_seq})
+
+
+@router.get(
+    "/{run_id:path}/result",
+    response_model=models.Result,
+    responses={
+        202: {"model": models.Result, "description": "The run has not ended yet."},
+        409: {"model": models.Problem, "description": "It failed, was cancelled, or is blocked."},
+    },
+)
+async def result(
+    gateway: GatewayOf,
+    run_id: RunId,
+    wait: Annotated[float, Query(ge=0, le=LONGEST_WAIT, description="Seconds to wait for the end of the run.")] = 0,
+) -> Json:
+    """What a run returned; waits for its end."""
+    connection = gateway.connection
+    summary = summary_of(await answer_async(connection, run_id, query(run_id, "SUMMARY")), run_id)
+    ended = summary.status in TERMINAL or summary.status == "blocked"
+    if ended or wait > 0:
+        limit = connection.timeout if ended else wait
+        asking = answer_within_async(connection, run_id, query(run_id, "RESULT"), limit)
+        reply = await gateway.or_leaving(asking)
+        if reply is not None:
+            summary = summary_of(reply, run_id)
+            if summary.status == "completed":
+                return Json({"run_id": run_id, "status": "completed", "result": reply.result})
+            raise _unsuccessful(summary, reply.message)
+    return Json({"run_id": run_id, "status": summary.status}, 202)
+
+
+def _unsuccessful(summary: RunSummary, message: str | None) -> Problem:
+    error = summary.error
+    why = f": {failures.summed_up(error)}" if error is not None else ""
+    if not why and message:
+        why = f": {message}"
+    of = f"run {summary.run_id} of workflow {summary.workflow}"
+    said = {"failed": "failed", "cancelled": "was cancelled"}.get(summary.status, "is blocked")
+    return Problem(
+        409, f"run-{summary.status}", f"{of} {said}{why}", run_id=summary.run_id, run_status=summary.status, error=error
+    )
+
+
+@router.post("/{run_id:path}/cancel", response_model=models.Run)
+async def cancel(gateway: GatewayOf, run_id: RunId, asked: models.CancelRequest | None = None) -> Json:
+    """Asks a run to end; its cleanup may still run steps. Harmless where it has ended."""
+    run = AsyncRun[Any](gateway.connection, run_id)
+    await run.cancel(asked.reason if asked is not None else None)
+    return Json(await run.describe())
+
+
+@router.post("/{run_id:path}/rerun", status_code=201, response_model=models.Started)
+async def rerun(gateway: GatewayOf, run_id: RunId, asked: models.RerunRequest | None = None) -> Json:
+    """Starts a new run with the workflow, input and attributes of another one. What that one did is done again."""
+    chosen = None if asked is None or asked.run_id is None else _checked(asked.run_id)
+    new = await AsyncRun[Any](gateway.connection, run_id).rerun(run_id=chosen)
+    return _started(201, new.id, "pending", existing=False)
+
+
+@router.get("/{run_id:path}", response_model=models.Run)
+async def describe(gateway: GatewayOf, run_id: RunId) -> Json:
+    """One run, as committed."""
+    return Json(await AsyncRun[Any](gateway.connection, run_id).describe())

@@ -1,0 +1,101 @@
+"""What may be taken in: whether a record belongs on the topic and partition where it was found, and fits."""
+
+from __future__ import annotations
+
+from durably import attributes, tokens
+from durably.broker.port import Message
+from durably.errors import RecordTooLarge
+from durably.identifiers import LONGEST_RUN_ID
+from durably_schemas import Catalogue, CodecError
+from durably_schemas import records as rec
+from durably_schemas.catalogue import partition_for
+
+MAX_REASON = 16_384
+"""Characters of a cancellation's reason, which goes into every summary of its run."""
+KEYED_BY_TOKEN = frozenset({rec.ResumeHook, rec.ClaimToken, rec.ReleaseToken})
+"""Records whose key is their token's routing key; that of all others is their run's id."""
+
+
+class Admission:
+    """The rules of one partition.
+
+    Args:
+        number: of the partition.
+        catalogue: of the topics.
+        max_payload_bytes: what a payload may have, so that it fits into every record that is made of it.
+    """
+
+    def __init__(self, number: int, catalogue: Catalogue, max_payload_bytes: int) -> None:
+        self._number = number
+        self._partitions = catalogue.partitions
+        self._max_payload_bytes = max_payload_bytes
+        self._owners: dict[str, frozenset[type[rec.Record]]] = {
+            catalogue.commands: frozenset({rec.StartRun, rec.QueryRun, rec.CancelRun, rec.ResumeHook}),
+            catalogue.results: frozenset({rec.StepResult, rec.StepHeartbeat, rec.StepClaim}),
+            catalogue.signals: frozenset(
+                {
+                    *(rec.ClaimToken, rec.TokenGranted, rec.TokenRefused, rec.ReleaseToken, rec.HookDelivery),
+                    *(rec.WatchRun, rec.ChildFinished),
+                }
+            ),
+        }
+
+    def check(self, message: Message, record: rec.Record) -> None:
+        """Raises `CodecError`, saying why, for a record that must not be taken in."""
+        kind = type(record)
+        if kind not in self._owners[message.topic]:
+            raise CodecError(f"a {kind.__name__} does not belong on {message.topic}")
+        if kind in KEYED_BY_TOKEN or (isinstance(record, rec.QueryRun) and not record.run_id):
+            self._check_token(message, record.token)  # type: ignore[attr-defined]
+        else:
+            self._check_run_id(message, record.run_id)  # type: ignore[attr-defined]
+        if isinstance(record, rec.StartRun):
+            self._check_start(record)
+        elif isinstance(record, rec.ResumeHook):
+            self._check_payload(record.payload, "payload")
+        elif isinstance(record, rec.CancelRun) and len(record.reason or "") > MAX_REASON:
+            raise CodecError(f"a reason of {len(record.reason or ''):,} characters: {MAX_REASON:,} at most")
+
+    def _check_run_id(self, message: Message, run_id: str) -> None:
+        key = run_id.encode()
+        if not run_id or len(key) > LONGEST_RUN_ID or not run_id.isprintable() or "|" in run_id:
+            raise CodecError(f"run_id {run_id!r:.100}: 1 to {LONGEST_RUN_ID} bytes, printable, without '|'")
+        if message.key != key:
+            raise CodecError(f"key {message.key!r:.100} is not the run_id {run_id!r}")
+
+    def _check_start(self, record: rec.StartRun) -> None:
+        if record.run_id.startswith(tokens.PREFIX):
+            raise CodecError(f"run_id {record.run_id!r} begins with {tokens.PREFIX!r}, which is reserved for hooks")
+        self._check_home(record.run_id.encode())
+        try:
+            attributes.check_size(record.attributes)
+        except RecordTooLarge as e:
+            raise CodecError(str(e)) from e
+        self._check_payload(record.input, "input")
+
+    def _check_token(self, message: Message, token: str | None) -> None:
+        if not token or len(token.encode()) > tokens.LONGEST + LONGEST_RUN_ID:
+            raise CodecError(f"token {token!r:.100}: 1 to {tokens.LONGEST} bytes")
+        if token.startswith(tokens.PREFIX) and tokens.run_of(token) is None:
+            raise CodecError(
+                f"token {token!r:.100} names no run: one that begins with {tokens.PREFIX!r} ends with its run's id"
+            )
+        key = tokens.routing_key(token).encode()
+        if message.key != key:
+            raise CodecError(f"key {message.key!r:.100} is not {key!r}, as the token {token!r:.100} demands")
+        self._check_home(key)
+
+    def _check_payload(self, payload: rec.Payload, what: str) -> None:
+        size = len(payload.data)
+        if size > self._max_payload_bytes:
+            raise CodecError(
+                f"{what} of {size:,} bytes, {self._max_payload_bytes:,} at most: pass large data by reference"
+            )
+
+    def _check_home(self, key: bytes) -> None:
+        home = partition_for(key, self._partitions)
+        if home != self._number:
+            raise CodecError(
+                f"key {key!r} belongs on partition {home}, not {self._number}: "
+                "set the producer's partitioner to murmur2_random, the Java default"
+            )

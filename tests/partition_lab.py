@@ -1,0 +1,146 @@
+"""A partition driven by hand: the tests are Kafka."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from durably import create_hook, sleep, step
+from durably.authoring import Registry, WorkflowDefinition
+from durably.broker.port import End, Message
+from durably.failures import to_error
+from durably.payloads import dump, dump_arguments, load
+from durably_processor.engine.execution import Environment
+from durably_processor.partition import Partition
+from durably_processor.state.store import CHECKPOINT, Store
+from durably_processor.turn import Part, Turn
+from durably_schemas import Catalogue, Codec
+from durably_schemas import records as rec
+
+T0 = 1_700_000_000_000
+CATALOGUE = Catalogue("lab", 1)
+CODEC = Codec()
+
+
+@step(max_retries=1, backoff="10s")
+async def doing(x: int) -> int:
+    return x
+
+
+async def chain(n: int) -> int:
+    for i in range(n):
+        await doing(i)
+    return n
+
+
+async def napping(n: int) -> int:
+    await doing(0)
+    await sleep(60)
+    await doing(1)
+    return n
+
+
+async def fanning(n: int) -> list[int]:
+    import asyncio
+
+    return await asyncio.gather(*(doing(i) for i in range(n)))
+
+
+async def hooked(n: int) -> list[object]:
+    hook = create_hook(token="order-7" if n else None, metadata={"n": n})
+    return [await hook for _ in range(max(1, n))]
+
+
+class Lab:
+    """Partition 0 of a namespace with one partition; the test is Kafka."""
+
+    def __init__(self, folder: Path, **options) -> None:
+        self.folder = folder
+        self.options = options
+        self.registry = Registry()
+        for fn in (chain, napping, fanning, hooked):
+            self.registry.workflows[fn.__name__] = WorkflowDefinition(fn.__name__, fn)
+        self.environment = Environment(self.registry, 1_000_000, {"default"}, lambda _: nullcontext())
+        self.logs: dict[str, list[Message]] = {CATALOGUE.commands: [], CATALOGUE.results: [], CATALOGUE.signals: []}
+        self.events: list[tuple[bytes, bytes]] = []
+        self.number = self.acked = 0
+        self.now = T0
+        self.store = Store(folder / "store")
+        self.take_over(dict.fromkeys(self.logs, 0))
+
+    def take_over(self, positions: dict[str, int]) -> None:
+        self.positions = dict(positions)
+        self.partition = Partition(
+            0,
+            self.store,
+            self.environment,
+            CODEC,
+            CATALOGUE,
+            positions=dict(positions),
+            ends={topic: len(log) for topic, log in self.logs.items()},
+            now=lambda: self.now,
+            **self.options,
+        )
+
+    def put(self, topic: str, record: rec.Record | bytes, key: bytes | None = None) -> Message:
+        value = record if isinstance(record, bytes) else CODEC.encode(record)
+        if key is None:
+            key = (record.token if isinstance(record, rec.ResumeHook) else record.run_id).encode()
+        message = Message(topic, 0, len(self.logs[topic]), self.now, key, value, ())
+        self.logs[topic].append(message)
+        return message
+
+    def start(self, name: str, n: int, run_id: str = "r1") -> Message:
+        payload = dump_arguments(self.registry.workflows[name].fn, (n,), {}, name)
+        return self.put(
+            CATALOGUE.commands, rec.StartRun(run_id=run_id, workflow=name, input=payload, requested_at=0, nonce="n")
+        )
+
+    def answer(self, request: rec.StepRequest, error: Exception | None = None) -> Message:
+        outcome: rec.StepSucceeded | rec.StepFailed = rec.StepSucceeded(
+            result=dump(load(request.input)[0][0], "result")
+        )
+        if error is not None:
+            outcome = rec.StepFailed(error=to_error(error))
+        return self.put(
+            CATALOGUE.results,
+            rec.StepResult(
+                run_id=request.run_id,
+                step_id=request.step_id,
+                attempt=request.attempt,
+                fingerprint=request.fingerprint,
+                outcome=outcome,
+                started_at=self.now,
+                finished_at=self.now,
+                worker="w",
+            ),
+        )
+
+    def signals(self, part: Part) -> list[Message]:
+        """What a turn has signalled, delivered."""
+        found = [o for o in part.outputs if o.topic == CATALOGUE.signals]
+        return [self.put(CATALOGUE.signals, o.value, o.key) for o in found]
+
+    def turn(self, *messages: Message | End) -> Part:
+        self.number += 1
+        turn = Turn(self.number, self.acked)
+        for message in messages:
+            self.partition.handle(message, turn)
+        self.partition.end_turn(turn)
+        part = turn.parts.get(0, Part(self.store))
+        self.pending = part
+        return part
+
+    def commit(self, part: Part) -> Part:
+        self.events += part.events
+        self.store.write({**part.changes, CHECKPOINT: len(self.events).to_bytes(8, "big")})
+        self.acked = self.number
+        return part
+
+    def settle(self, *messages: Message | End) -> Part:
+        return self.commit(self.turn(*messages))
+
+
+def requests(part: Part, early: bool) -> list[rec.StepRequest]:
+    outputs = part.early if early else [o for o in part.outputs if o.topic == CATALOGUE.requests("default")]
+    return [CODEC.decode_as(rec.StepRequest, o.value) for o in outputs]

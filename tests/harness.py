@@ -33,7 +33,7 @@ PARTITIONS = 3
 Mode = Literal["live", "replay", "restart"]
 MODES: tuple[Mode, ...] = ("live", "replay", "restart")
 _numbers = itertools.count(1)
-PACE = {"embedded": (0.05, 0.4), "kafka": (0.8, 2.5)}
+PACE = {"embedded": (0.05, 0.4), "kafka": (1.5, 4.0)}
 """Seconds that a processor lives in the mode ``restart``, by the broker's scheme."""
 
 
@@ -212,9 +212,10 @@ class System:
 
 
 class _Restarter:
-    """Ends the system's processor at random moments, in turn cleanly and by a crash, and starts its successor.
+    """Ends the system's processor at random moments, cleanly or by a crash, and starts its successor.
 
-    A successor finds the store of its predecessor, an older one that has fallen behind, or none at all.
+    A successor finds the store of its predecessor, an older one that has fallen behind, or none at all. Now and then it
+    comes before its predecessor goes.
     """
 
     def __init__(self, system: System) -> None:
@@ -246,13 +247,18 @@ class _Restarter:
 
     def _restart(self) -> None:
         system, chance = self._system, self._random
-        running = system.processors.pop()
+        running = system.processors[0]
+        system.restarts += 1
+        fresh = f"new-{system.restarts}"
+        rolling = chance.random() < 0.25
+        if rolling:  # as in a deployment: both are there for a moment, and share the partitions
+            system.start_processor(fresh)
+        system.processors.remove(running)
         if chance.random() < 0.4:
             running.stop()
         else:
             running.crash(committed=chance.random() < 0.5)
         if running.error is not None:
             raise running.error
-        system.restarts += 1
-        store = chance.choice(["p", "q", f"new-{system.restarts}"])
-        system.start_processor(store, wait=chance.random() < 0.9)
+        if not rolling:
+            system.start_processor(chance.choice(["p", "q", fresh]), wait=chance.random() < 0.9)

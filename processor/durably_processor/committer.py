@@ -22,6 +22,8 @@ log = logging.getLogger("durably.processor")
 
 COMMIT_BOUND = 10.0
 """Seconds after which a commit that has not come back is given up; below the transaction timeout."""
+OVERDUE = COMMIT_BOUND + 2.0
+"""Seconds after which a commit hangs, whatever its bounds say: librdkafka may not come back (librdkafka#5456)."""
 LINGER = 0.1
 """Seconds that events and offsets may wait for company when nobody waits for their commit: no request, reply or end of a
 run is among them. What a crash takes of it is made anew from the results, which are durable already; and a transaction
@@ -87,6 +89,7 @@ class Committer:
         self._owner = OWNER + transactional_id
         self._gathered = _Batch()
         self._busy = False
+        self._asked: float | None = None  # since when Kafka owes an answer
         self._stopped = False
         self._abandoned = False
         self._group: object = None
@@ -98,6 +101,12 @@ class Committer:
         self.acked = acked
         self._thread.start()
 
+    @property
+    def overdue(self) -> bool:
+        """The commit under way hangs: its outcome is unknown, and will not be known."""
+        asked = self._asked
+        return asked is not None and time.monotonic() - asked > OVERDUE
+
     def add(self, turn: Turn, group: object) -> None:
         """Hands a turn over, with the group's metadata as of the poll that it came from.
 
@@ -107,7 +116,7 @@ class Committer:
             self._group = group
             self._gathered.add(turn)
             self._changed.notify_all()
-            while self._gathered.records > BACKLOG and self.error is None:
+            while self._gathered.records > BACKLOG and self.error is None and not self.overdue:
                 self._changed.wait(0.1)
 
     def drain(self, timeout: float) -> bool:
@@ -182,7 +191,9 @@ class Committer:
         offsets = {
             tp: Committed(offset, self._owner) for part in batch.parts.values() for tp, offset in part.offsets.items()
         }
+        self._asked = time.monotonic()
         self._transactions.commit(offsets, group, COMMIT_BOUND)
+        self._asked = None
         if self._abandoned:
             return  # others have gone on meanwhile, from the topics
         for number, part in batch.parts.items():

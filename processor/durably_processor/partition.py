@@ -320,7 +320,7 @@ class Partition:
         if run_id is not None:
             self._deliver(message, record, run_id, None, at, turn)
             return
-        holder = self._tokens.addressee(record.token, record.resume_id)
+        holder = self._tokens.addressee(record.token, record.resume_id, caught_up=self._caught_up)
         if holder is not None:
             delivery = rec.HookDelivery(
                 token=record.token,
@@ -387,7 +387,7 @@ class Partition:
             assert isinstance(event.data, ev.TokenClaimed | ev.TokenReleased)
             part.events.append((event.data.token.encode(), self._codec.encode(event)))
             key, value = token_key(event.data.token), encode_token(self._tokens.get(event.data.token))
-            part.change({key: value}, set(), [key] if value is None else [])
+            part.change({key: value}, set(), [])
         if answer is not None:
             self._signal(part, answer)
 

@@ -192,6 +192,8 @@ class Processor:
         committer = self._committer
         if committer is not None and committer.error is not None:
             self._distrust(f"a commit failed: {committer.error}")
+        elif committer is not None and committer.overdue:
+            self._distrust("a commit hangs")
         if self._committer is None:
             transactions = self._broker.transactions(self._transactional_id)
             try:

@@ -4,8 +4,9 @@
                     held by another hook              TokenRefused, naming the holder's run
     ReleaseToken    held by this hook                 token_released;  else nothing
 
-A token remembers which resumes its last holders have received: a copy of one of them, which a client sends that got no
-answer, belongs to the run that has it, whoever holds the token by then.
+A copy of a resume, which a client sends that got no answer, belongs to the run that has received it, and only that run
+knows. So a free token remembers its last holder, who is asked; and a token that is held remembers which resumes earlier
+holders have received.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def applied(token: Token, data: ev.TokenClaimed | ev.TokenReleased) -> Token:
     """The token after an event of its log; live and in recovery alike."""
     holder = Holder(data.run_id, data.hook_id)
     if isinstance(data, ev.TokenClaimed):
-        return Token(holder, token.resumes)
+        return Token(holder, None, token.resumes)
     resumes = {**token.resumes, **dict.fromkeys(data.resume_ids, holder)}
-    return Token(None, dict(list(resumes.items())[-REMEMBERED:]))
+    return Token(None, holder, dict(list(resumes.items())[-REMEMBERED:]))
 
 
 class Tokens:
@@ -49,10 +50,13 @@ class Tokens:
         recent = self._recent.get(token)
         return self._stored(token) if recent is None else recent[1]
 
-    def addressee(self, token: str, resume_id: str) -> Holder | None:
-        """Whose a resume is: the hook's that has received it before, else the holder's."""
+    def addressee(self, token: str, resume_id: str, *, caught_up: bool) -> Holder | None:
+        """Whose a resume is: the hook's that has received it before, else the holder's, else perhaps the last one's.
+
+        The latter only when all that came before the take-over has been ``caught_up`` with: a claim may be ahead.
+        """
         known = self.get(token)
-        return known.resumes.get(resume_id, known.holder)
+        return known.resumes.get(resume_id) or known.holder or (known.last if caught_up else None)
 
     def claim(
         self, record: rec.ClaimToken, at: int, turn: int

@@ -77,6 +77,18 @@ def test_a_copy_of_a_resume_is_answered_as_recorded_even_when_another_run_holds_
     assert reply(part).summary.run_id == "r2"
 
 
+def test_a_copy_is_answered_as_recorded_however_many_resumes_came_after_it(lab):
+    hold(lab, n=200)
+    for n in range(200):
+        lab.settle(*lab.signals(lab.settle(resume(lab, "order-7", n, f"r-{n}"))))
+    lab.settle(*lab.signals(lab.settle(lab.put(CATALOGUE.commands, rec.CancelRun(run_id="r1", requested_at=0)))))
+    part = lab.settle(*lab.signals(lab.settle(resume(lab, "order-7", 0, "r-0"))))
+    assert reply(part).summary.status == "completed"
+    late = reply(lab.settle(*lab.signals(lab.settle(resume(lab, "order-7", 0, "r-new")))))
+    assert (late.status, late.run_id) == ("NOT_FOUND", "r1")
+    assert "ended" in late.message
+
+
 def test_a_resume_that_is_read_again_before_its_commit_is_delivered_once(lab):
     token = default_token("r1", "n", 1)
     start = lab.start("hooked", 0)

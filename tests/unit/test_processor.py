@@ -7,6 +7,7 @@ import threading
 import harness
 import pytest
 from durably import step, workflow
+from durably_processor import committer
 from durably_processor.partition import Partition
 
 
@@ -42,6 +43,31 @@ def test_what_was_read_and_not_handed_over_is_not_committed_on_the_way_out(tmp_p
     system.start_processor()
     system.start_worker()
     assert run.result(20) == 1
+    system.close()
+
+
+def test_a_commit_that_hangs_is_made_good_by_taking_over_anew(tmp_path, namespace, monkeypatch):
+    from durably.broker.embedded_broker import EmbeddedTransactions
+    from durably.errors import Fenced
+
+    system = harness.System(f"embedded:{tmp_path}/b", namespace, tmp_path)
+    monkeypatch.setattr(committer, "OVERDUE", 0.3)
+    commit, hanging, let_go = EmbeddedTransactions.commit, threading.Event(), threading.Event()
+
+    def hangs(self, *args, **kwargs):
+        if not hanging.is_set():
+            hanging.set()
+            let_go.wait(30)
+            raise Fenced("by its successor")
+        return commit(self, *args, **kwargs)
+
+    monkeypatch.setattr(EmbeddedTransactions, "commit", hangs)
+    system.start_processor()
+    system.start_worker()
+    runs = [system.client.start(one_step) for _ in range(10)]
+    assert [run.result(30) for run in runs] == [1] * 10
+    let_go.set()
+    assert [e.seq for e in runs[0].events()] == list(range(1, 7))
     system.close()
 
 

@@ -46,9 +46,10 @@ class Holder(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Token(msgspec.Struct, frozen=True):
-    """A custom token: who holds it, and which resumes earlier holders have received, oldest first."""
+    """A custom token: who holds it, or held it last, and which resumes earlier holders have received, oldest first."""
 
     holder: Holder | None = None
+    last: Holder | None = None
     resumes: dict[str, Holder] = {}
 
 
@@ -88,9 +89,9 @@ def token_key(token: str) -> bytes:
     return b"k" + token.encode()
 
 
-def encode_token(token: Token) -> bytes | None:
-    """As it is stored; None: not at all."""
-    return _encode(token) if token.holder is not None or token.resumes else None
+def encode_token(token: Token) -> bytes:
+    """As it is stored."""
+    return _encode(token)
 
 
 def _timer_of(key: bytes) -> Timer:

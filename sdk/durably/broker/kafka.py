@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import confluent_kafka as ck
 from confluent_kafka import (
-    ConsumerGroupTopicPartitions,
     IsolationLevel,
     KafkaError,
     KafkaException,
@@ -352,6 +351,22 @@ class _Reading:
             self._client.pause(list(positions))
 
 
+def _committed(
+    client: ck.Consumer, tps: Iterable[TP], timeout: float, errors: _Errors, doing: str
+) -> dict[TP, Committed]:
+    """What a group has committed; of open transactions too, unless the client reads committed records only (KIP-447)."""
+    try:
+        found = client.committed(_kafka(tps), timeout)
+    except KafkaException as error:
+        raise errors.raised(error, doing) from error
+    answer = {}
+    for tp in found:
+        if tp.error is not None:
+            raise errors.of(tp.error, doing)
+        answer[TP(tp.topic, tp.partition)] = Committed(max(tp.offset, -1), tp.metadata or "")
+    return answer
+
+
 class KafkaConsumer(_Reading):
     """A member of a group."""
 
@@ -422,16 +437,7 @@ class KafkaConsumer(_Reading):
     def committed(self, tps: Iterable[TP], timeout: float) -> dict[TP, Committed]:
         """See `Consumer.committed`. With read_committed librdkafka asks for stable offsets (KIP-447)."""
         doing = f"reading the offsets of group {self._group!r}, or a transaction is still open"
-        try:
-            found = self._client.committed(_kafka(tps), timeout)
-        except KafkaException as error:
-            raise self._errors.raised(error, doing) from error
-        answer = {}
-        for tp in found:
-            if tp.error is not None:
-                raise self._errors.of(tp.error, doing)
-            answer[TP(tp.topic, tp.partition)] = Committed(max(tp.offset, -1), tp.metadata or "")
-        return answer
+        return _committed(self._client, tps, timeout, self._errors, doing)
 
     def rewind(self, positions: Mapping[TP, int]) -> None:
         """See `Consumer.rewind`."""
@@ -615,15 +621,14 @@ class KafkaBroker:
 
     def group_metadata_of(self, group: str, tps: Iterable[TP], timeout: float = 30) -> dict[TP, str]:
         """See `Broker.group_metadata_of`."""
-        asked = [ConsumerGroupTopicPartitions(group, _kafka(tps))]
-        future = self._admin.list_consumer_group_offsets(asked, require_stable=False, request_timeout=timeout)[group]
-        doing = f"reading the offsets of group {group!r}"
-        answer = {}
-        for tp in self._done(future, doing).topic_partitions:
-            if tp.error is not None:
-                raise self.errors.of(tp.error, doing)
-            answer[TP(tp.topic, tp.partition)] = tp.metadata or ""
-        return answer
+        # Not by the admin client: when its request to a coordinator times out, it never recovers, and the answer that
+        # comes late ends the process (an assertion in rdkafka_queue.h). A consumer that does not join asks as well.
+        asking = ck.Consumer({**self.properties.reader(committed=False, group=group), "error_cb": _quiet})
+        try:
+            found = _committed(asking, tps, timeout, self.errors, f"reading the offsets of group {group!r}")
+        finally:
+            asking.close()
+        return {tp: committed.metadata for tp, committed in found.items()}
 
     def _count(self, names: Sequence[str], timeout: float) -> dict[str, int]:
         futures = self._admin.describe_topics(

@@ -153,9 +153,9 @@ class KafkaProperties:
             own["group.instance.id"] = instance_id
         return self._made(_PRODUCER_ONLY, _OURS_CONSUMER, _CONSUMER, classic, own)
 
-    def reader(self, *, committed: bool) -> Properties:
+    def reader(self, *, committed: bool, group: str = "durably-readers") -> Properties:
         """Of a reader. librdkafka wants a group's name even where no group is meant."""
-        own = {"group.id": "durably-readers", "logger": log}
+        own = {"group.id": group, "logger": log}
         if not committed:
             own["isolation.level"] = "read_uncommitted"
         return self._made(_PRODUCER_ONLY | _GROUP_ONLY, _OURS_CONSUMER, _CONSUMER, own)

@@ -8,6 +8,7 @@ from durably import step
 from durably.authoring import Registry, WorkflowDefinition
 from durably.failures import to_error
 from durably.payloads import dump, dump_arguments, load
+from durably.tokens import hook_of
 from durably_processor.engine.execution import Environment
 from durably_processor.engine.run import Run
 from durably_schemas import events as ev
@@ -56,7 +57,7 @@ class Bench:
         self.commands += outcome.commands
 
     def resume(self, token: str, value: object, resume_id: str = "r", hook_id: str | None = None) -> str:
-        outcome, answer = self.run.resume(token, hook_id, resume_id, dump(value, "payload"), self.now)
+        outcome, answer = self.run.resume(token, hook_id or hook_of(token), resume_id, dump(value, "payload"), self.now)
         self.take(outcome)
         return answer
 

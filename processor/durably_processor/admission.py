@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from durably import attributes, tokens
 from durably.broker.port import Message
+from durably.children import LONGEST_REASON
 from durably.errors import RecordTooLarge
 from durably.identifiers import LONGEST_RUN_ID
 from durably_schemas import Catalogue, CodecError
 from durably_schemas import records as rec
 from durably_schemas.catalogue import partition_for
 
-MAX_REASON = 16_384
-"""Characters of a cancellation's reason, which goes into every summary of its run."""
+LONGEST_ID = 1_024
+"""Bytes of the ids that others make: of resumes, requests, and runs that are somewhere else."""
 KEYED_BY_TOKEN = frozenset({rec.ResumeHook, rec.ClaimToken, rec.ReleaseToken})
 """Records whose key is their token's routing key; that of all others is their run's id."""
 
@@ -30,12 +31,12 @@ class Admission:
         self._partitions = catalogue.partitions
         self._max_payload_bytes = max_payload_bytes
         self._owners: dict[str, frozenset[type[rec.Record]]] = {
-            catalogue.commands: frozenset({rec.StartRun, rec.QueryRun, rec.CancelRun, rec.ResumeHook}),
+            catalogue.commands: frozenset({rec.StartRun, rec.QueryRun, rec.CancelRun, rec.ResumeHook, rec.WatchRun}),
             catalogue.results: frozenset({rec.StepResult, rec.StepHeartbeat, rec.StepClaim}),
             catalogue.signals: frozenset(
                 {
                     *(rec.ClaimToken, rec.TokenGranted, rec.TokenRefused, rec.ReleaseToken, rec.HookDelivery),
-                    *(rec.WatchRun, rec.ChildFinished),
+                    rec.ChildFinished,
                 }
             ),
         }
@@ -49,12 +50,19 @@ class Admission:
             self._check_token(message, record.token)  # type: ignore[attr-defined]
         else:
             self._check_run_id(message, record.run_id)  # type: ignore[attr-defined]
+        reply_to: rec.ReplyTo | None = getattr(record, "reply_to", None)
+        if reply_to is not None:
+            _check_id(reply_to.request_id, "request_id")
         if isinstance(record, rec.StartRun):
             self._check_start(record)
+        elif isinstance(record, rec.WatchRun):
+            _check_id(record.watcher_run_id, "watcher_run_id")
+            _check_id(record.correlation_id, "correlation_id")
         elif isinstance(record, rec.ResumeHook):
+            _check_id(record.resume_id, "resume_id")
             self._check_payload(record.payload, "payload")
-        elif isinstance(record, rec.CancelRun) and len(record.reason or "") > MAX_REASON:
-            raise CodecError(f"a reason of {len(record.reason or ''):,} characters: {MAX_REASON:,} at most")
+        elif isinstance(record, rec.CancelRun) and len(record.reason or "") > LONGEST_REASON:
+            raise CodecError(f"a reason of {len(record.reason or ''):,} characters: {LONGEST_REASON:,} at most")
 
     def _check_run_id(self, message: Message, run_id: str) -> None:
         key = run_id.encode()
@@ -71,6 +79,9 @@ class Admission:
             attributes.check_size(record.attributes)
         except RecordTooLarge as e:
             raise CodecError(str(e)) from e
+        if record.parent is not None:
+            for name in ("run_id", "root_run_id", "correlation_id"):
+                _check_id(getattr(record.parent, name), f"the parent's {name}")
         self._check_payload(record.input, "input")
 
     def _check_token(self, message: Message, token: str | None) -> None:
@@ -99,3 +110,10 @@ class Admission:
                 f"key {key!r} belongs on partition {home}, not {self._number}: "
                 "set the producer's partitioner to murmur2_random, the Java default"
             )
+
+
+def _check_id(text: str, what: str) -> None:
+    # It goes into records that are made of this one, some of which hold many.
+    size = len(text.encode())
+    if not 0 < size <= LONGEST_ID:
+        raise CodecError(f"{what} of {size:,} bytes: 1 to {LONGEST_ID:,}")

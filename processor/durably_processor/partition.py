@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal
 
+import msgspec
 from durably import tokens
 from durably.broker.port import TP, End, Message
 from durably.errors import DurablyError, RecordTooLarge, RunNotFoundError
@@ -27,6 +28,7 @@ from durably_processor.engine.run import Outcome, Resumed, Run
 from durably_processor.engine.state import OpenStep
 from durably_processor.state.store import (
     Changes,
+    Holder,
     Store,
     Stored,
     Timer,
@@ -49,6 +51,8 @@ TIMERS_A_TURN = 1_000
 DEADLY = 2
 """Activations of a run that never ended, after which it is blocked instead of tried again."""
 MAX_KEY = 1_024
+FRAMING = 200
+"""Bytes that Kafka puts around a record."""
 WAITER_MS = 10 * 60 * 1000
 """Whoever waits for a result asks again more often than this; the answer would not be kept for longer either."""
 
@@ -72,16 +76,17 @@ class Poisoned(Exception):
 class _Entry:
     """A run in memory. ``turn``: the last that changed it; ``tainted``: the last whose causes were not log-ordered."""
 
-    __slots__ = ("bytes", "recent", "resumed", "run", "stored", "tainted", "turn")
+    __slots__ = ("bytes", "counted", "recent", "resumed", "run", "stored", "tainted", "turn")
 
     def __init__(self, run: Run, stored: Stored) -> None:
         self.run = run
         self.recent: list[Event] = []  # its events since it was loaded, where it is replayed always
-        self.resumed: set[str] = set()  # ids of the resumes received since it was loaded
+        self.resumed: set[tuple[str, str]] = set()  # (hook, resume) received since it was loaded
         self.stored = stored
         self.turn = 0
         self.tainted = 0
         self.bytes = 0
+        self.counted = 0  # up to which seq its log is counted in ``bytes``
 
 
 class Partition:
@@ -196,20 +201,21 @@ class Partition:
             self._admission.check(message, record)
         except CodecError as e:
             self._dead_letter(message, str(e), turn)
-            reply_to: ReplyTo | None = getattr(record, "reply_to", None)
-            if reply_to is not None:
-                refused = str(e)
-                self._answer(turn, reply_to, lambda r: Reply(request_id=r, status="REFUSED", message=refused))
+            self._refuse(record, str(e), turn)
             return
-        run_id: str | None = getattr(record, "run_id", None)
         if (message.topic, message.partition, message.offset) in self._poisoned:
-            self._quarantine(message, run_id, turn)
+            self._quarantine(message, record, turn)
             return
         try:
             self._dispatch_record(message, record, turn)
         except Exception as e:
             log.exception("%s on %s[%s]@%s", type(record).__name__, message.topic, message.partition, message.offset)
             raise Poisoned((message.topic, message.partition, message.offset)) from e
+
+    def _refuse(self, record: rec.Record | None, why: str, turn: Turn) -> None:
+        reply_to: ReplyTo | None = getattr(record, "reply_to", None)
+        if reply_to is not None and len(reply_to.request_id) <= MAX_KEY:
+            self._answer(turn, reply_to, lambda r: Reply(request_id=r, status="REFUSED", message=why))
 
     def _dispatch_record(self, message: Message, record: rec.Record, turn: Turn) -> None:
         at = message.timestamp
@@ -223,7 +229,7 @@ class Partition:
         elif isinstance(record, rec.StartRun):
             self._start(message, record, turn)
         elif isinstance(record, rec.QueryRun):
-            self._query(record, at, turn)
+            self._query(message, record, at, turn)
         elif isinstance(record, rec.StepClaim):
             self._claim(message, record, at, turn)
         elif isinstance(record, rec.StepHeartbeat):
@@ -238,7 +244,7 @@ class Partition:
         if isinstance(record, rec.ResumeHook):
             self._resume(message, record, at, turn)
         elif isinstance(record, rec.HookDelivery):
-            self._deliver(message, record, None, record.hook_id, at, turn)
+            self._deliver(message, record, Holder(record.run_id, record.hook_id), at, turn)
         elif type(record) is rec.ClaimToken:
             event, answer = self._tokens.claim(record, at, turn.number)
             self._record_token(event, answer, turn)
@@ -271,8 +277,10 @@ class Partition:
             entry = self._runs[record.run_id] = _Entry(run, Stored(record.run_id))
             self._record(entry, outcome, turn, early=self._early, before=None)
         elif record.parent is not None:
-            run, watcher = entry.run, (record.parent.run_id, record.parent.correlation_id)
-            self._advance(entry, lambda: run.watch(watcher, message.timestamp), turn, ordered=False)
+            run, parent = entry.run, record.parent
+            self._advance(
+                entry, lambda: run.watch(parent.run_id, parent.correlation_id, message.timestamp), turn, ordered=False
+            )
         if record.reply_to is not None:
             run_id = record.run_id
             self._answer(
@@ -301,6 +309,9 @@ class Partition:
 
     def _heartbeat(self, message: Message, record: rec.StepHeartbeat, at: int, turn: Turn) -> None:
         entry = self._entry(record.run_id)
+        # The worker's clock says how long the lease is, and ours from when: they may differ.
+        length = max(0, record.lease_until - record.sent_at)
+        record = msgspec.structs.replace(record, lease_until=self._now() + length)
         step = entry.run.state.step(record.step_id) if entry is not None else None
         if entry is None or step is None:
             if self._unknown(message):
@@ -318,7 +329,7 @@ class Partition:
     def _resume(self, message: Message, record: rec.ResumeHook, at: int, turn: Turn) -> None:
         run_id = tokens.run_of(record.token)
         if run_id is not None:
-            self._deliver(message, record, run_id, None, at, turn)
+            self._deliver(message, record, Holder(run_id, tokens.hook_of(record.token)), at, turn)
             return
         holder = self._tokens.addressee(record.token, record.resume_id, caught_up=self._caught_up)
         if holder is not None:
@@ -330,30 +341,25 @@ class Partition:
                 payload=record.payload,
                 reply_to=record.reply_to,
             )
-            self._signal(turn.part(self.number, self.store), delivery)
+            self._send(turn.part(self.number, self.store), delivery)
         elif not self._caught_up:
             self._late.append(message)
         elif record.reply_to is not None:
             self._no_hook(turn, record.reply_to, None, record.token, "no run has a hook with this token")
 
     def _deliver(
-        self,
-        message: Message,
-        record: rec.ResumeHook | rec.HookDelivery,
-        run_id: str | None,
-        hook_id: str | None,
-        at: int,
-        turn: Turn,
+        self, message: Message, record: rec.ResumeHook | rec.HookDelivery, hook: Holder, at: int, turn: Turn
     ) -> None:
-        """Gives a payload to the run, which is this partition's."""
-        run_id = run_id or record.run_id  # type: ignore[union-attr]
+        """Gives a payload to a hook of a run of this partition."""
+        run_id, hook_id = hook.run_id, hook.hook_id
         entry = self._entry(run_id)
         resumed: Resumed = "UNKNOWN"
         if entry is not None:
             run = entry.run
             if entry.turn <= turn.acked:
                 entry.resumed.clear()  # the store has them
-            if record.resume_id in entry.resumed or self.store.received(run_id, record.resume_id):
+            known = (hook_id, record.resume_id) in entry.resumed
+            if known or self.store.received(run_id, hook_id, record.resume_id):
                 resumed = "OK"
             else:
                 found: list[Resumed] = []
@@ -389,19 +395,24 @@ class Partition:
             key, value = token_key(event.data.token), encode_token(self._tokens.get(event.data.token))
             part.change({key: value}, set(), [])
         if answer is not None:
-            self._signal(part, answer)
+            self._send(part, answer)
 
-    def _signal(self, part: Part, record: rec.Record) -> None:
-        key = record.token if type(record) in KEYED_BY_TOKEN else record.run_id  # type: ignore[attr-defined]
-        part.outputs.append(Output(self._catalogue.signals, self._codec.encode(record), key.encode()))
+    def _send(self, part: Part, record: rec.Record) -> None:
+        """Adds a signal or a command to the transaction. Raises `RecordTooLarge`: Kafka would refuse all of it."""
+        commands = type(record) in _COMMANDS
+        key = (record.token if type(record) in KEYED_BY_TOKEN else record.run_id).encode()  # type: ignore[attr-defined]
+        value = self._codec.encode(record)
+        size, limit = len(value) + len(key) + FRAMING, self._environment.max_event_bytes
+        if size > limit:
+            raise RecordTooLarge.of(f"a {type(record).__name__}", size, limit)
+        part.outputs.append(Output(self._catalogue.commands if commands else self._catalogue.signals, value, key))
         part.urgent = True
 
     def _watch(self, message: Message, record: rec.WatchRun, at: int, turn: Turn) -> None:
         entry = self._entry(record.run_id)
-        watcher = (record.watcher_run_id, record.correlation_id)
         if entry is not None:
-            run = entry.run
-            self._advance(entry, lambda: run.watch(watcher, at), turn, ordered=False)
+            run, watcher, child_id = entry.run, record.watcher_run_id, record.correlation_id
+            self._advance(entry, lambda: run.watch(watcher, child_id, at), turn, ordered=False)
         elif not self._unknown(message):
             missing = RunNotFoundError(f"there is no run {record.run_id}", record.run_id)
             told = rec.ChildFinished(
@@ -411,7 +422,7 @@ class Partition:
                 status="failed",
                 error=to_error(missing),
             )
-            self._signal(turn.part(self.number, self.store), told)
+            self._send(turn.part(self.number, self.store), told)
 
     def _claim(self, message: Message, record: rec.StepClaim, at: int, turn: Turn) -> None:
         entry = self._entry(record.run_id)
@@ -437,10 +448,10 @@ class Partition:
 
     # -- queries ---------------------------------------------------------------------------------------------------
 
-    def _query(self, record: rec.QueryRun, at: int, turn: Turn) -> None:
+    def _query(self, message: Message, record: rec.QueryRun, at: int, turn: Turn) -> None:
         run_id, reply_to = record.run_id, record.reply_to
         if not run_id:
-            self._query_token(record, turn)
+            self._query_token(message, record, turn)
             return
         entry = self._entry(run_id)
         if entry is None or record.what == "SUMMARY":
@@ -453,13 +464,17 @@ class Partition:
                 self._answer(turn, reply_to, lambda r: self._answers.result(r, run_id))
             else:
                 self._wait(run_id, reply_to, at)
+        elif record.token is not None and record.token not in entry.run.state.hooks and not self._caught_up:
+            self._late.append(message)  # as of a resume: the hook may come of a result that is still ahead
         else:
             self._answer(turn, reply_to, lambda r: self._answers.hooks(r, run_id, record.token))
 
-    def _query_token(self, record: rec.QueryRun, turn: Turn) -> None:
+    def _query_token(self, message: Message, record: rec.QueryRun, turn: Turn) -> None:
         assert record.token is not None  # checked
         holder = self._tokens.get(record.token).holder
-        if holder is None:
+        if holder is None and not self._caught_up:
+            self._late.append(message)
+        elif holder is None:
             self._no_hook(turn, record.reply_to, None, record.token, "no run has a hook with this token")
         else:
             self._answer(turn, record.reply_to, lambda r: Reply(request_id=r, run_id=holder.run_id))
@@ -500,6 +515,10 @@ class Partition:
                 event = self._codec.decode_as(Event, value)
                 if uncommitted and event.seq >= uncommitted[0].seq:
                     break
+                if from_seq == 1 and entry is not None and event.seq > entry.counted:
+                    entry.counted = event.seq  # a replay brings what it holds into memory
+                    entry.bytes += len(value)
+                    self._bytes += len(value)
                 yield event
             yield from (event for event in uncommitted if event.seq >= from_seq)
 
@@ -547,22 +566,27 @@ class Partition:
         state = entry.run.state
         header = state.header
         if not outcome.events and not state.touched and not outcome.signals:
-            return
+            return  # commands come with events
         part = turn.part(self.number, self.store)
         run_id = header.run_id
         key = run_id.encode()
+        # A step may ask about the child that was started before it: the start must not come after the request.
+        early = early and not outcome.commands
         changes: Changes = {}
         created: set[bytes] = set()
         encode = self._codec.encode
         for event in outcome.events:
             value = encode(event)
-            if len(value) > self._environment.max_event_bytes:
-                raise RecordTooLarge.of(f"{event.type} of run {run_id}", len(value), self._environment.max_event_bytes)
+            size, limit = len(value) + len(key) + FRAMING, self._environment.max_event_bytes
+            if size > limit:
+                raise RecordTooLarge.of(f"{event.type} of run {run_id}", size, limit)
             part.events.append((key, value))
+            entry.counted = event.seq
             changes[entry.stored.event_key(event.seq)] = value
             if isinstance(event.data, ev.HookReceived):
-                entry.resumed.add(event.data.resume_id)
-                changes[resume_key(run_id, event.data.resume_id)] = b""
+                assert event.correlation_id is not None, event
+                entry.resumed.add((event.correlation_id, event.data.resume_id))
+                changes[resume_key(run_id, event.correlation_id, event.data.resume_id)] = b""
             entry.bytes += len(value)
             self._bytes += len(value)
         for timer in entry.stored.changes(state, changes, created):
@@ -575,11 +599,8 @@ class Partition:
             else:
                 part.outputs.append(output)
                 part.urgent = True
-        for signal in outcome.signals:
-            self._signal(part, signal)
-        for command in outcome.commands:
-            part.outputs.append(Output(self._catalogue.commands, encode(command), command.run_id.encode()))
-            part.urgent = True
+        for record in (*outcome.signals, *outcome.commands):
+            self._send(part, record)
         if before != (header.status, header.blocked, state.news):
             self._status_changed(entry, part, changes, before)
             if state.terminal:
@@ -723,8 +744,12 @@ class Partition:
         output = Output(self._catalogue.dead_letters, self._codec.encode(letter), key or b"")
         turn.part(self.number, self.store).outputs.append(output)
 
-    def _quarantine(self, message: Message, run_id: str | None, turn: Turn) -> None:
-        self._dead_letter(message, "handling it raised an error in the processor; its log has the traceback", turn)
+    def _quarantine(self, message: Message, record: rec.Record, turn: Turn) -> None:
+        why = "handling it raised an error in the processor; its log has the traceback"
+        self._dead_letter(message, why, turn)
+        self._refuse(record, f"{why}, and the record is among the dead letters", turn)
+        of_token = isinstance(record, rec.ResumeHook)
+        run_id = tokens.run_of(record.token) if of_token else record.run_id  # type: ignore[attr-defined]
         entry = self._entry(run_id) if run_id else None
         if entry is not None:
             place = f"{message.topic}[{message.partition}]@{message.offset}"
@@ -758,6 +783,7 @@ class Partition:
         self._runs.clear()
 
 
+_COMMANDS = frozenset({rec.StartRun, rec.CancelRun, rec.WatchRun})
 _SIGNALLED: dict[type, Callable[[Run, Any, int], Outcome]] = {
     rec.TokenGranted: Run.granted,
     rec.TokenRefused: Run.refused,
@@ -765,7 +791,6 @@ _SIGNALLED: dict[type, Callable[[Run, Any, int], Outcome]] = {
 }
 _REFUSALS: dict[Resumed, str] = {
     "UNKNOWN": "its run has no hook with it: it does not exist yet, or was disposed of, or the token is wrong",
-    "DISPOSED": "the hook was disposed of",
     "ENDED": "its run has ended",
 }
 _TRY_AGAIN_ONLY_WITH_OTHER_CODE = frozenset(

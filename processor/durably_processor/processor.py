@@ -40,6 +40,8 @@ RECORDS_A_TURN = 1_000
 DRAIN = 5.0
 """Seconds that a revoke waits for what is under way."""
 RETRY = 0.5
+FAILING = 5.0
+"""Seconds after a failed commit within which the next failure is not the first."""
 STALL = 5.0
 """Half the default session timeout: a process that stood still for this long may no longer be the owner."""
 
@@ -103,6 +105,7 @@ class Processor:
         self._starts: dict[int, tuple[dict[str, int], dict[str, int]]] = {}
         self._poisoned: frozenset[Poison] = frozenset()
         self._number = 0
+        self._failed_at = -FAILING
         self._committer: Committer | None = None
         self._stop = threading.Event()
         self._pulse = _Pulse()
@@ -191,6 +194,9 @@ class Processor:
     def _healthy_committer(self) -> Committer:
         committer = self._committer
         if committer is not None and committer.error is not None:
+            if time.monotonic() - self._failed_at < FAILING:
+                self._stop.wait(RETRY)
+            self._failed_at = time.monotonic()
             self._distrust(f"a commit failed: {committer.error}")
         elif committer is not None and committer.overdue:
             self._distrust("a commit hangs")

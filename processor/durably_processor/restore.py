@@ -92,7 +92,8 @@ class Restore:
                 assert message.value is not None
                 changes[event_key(event.run_id, event.seq)] = message.value
                 if isinstance(data, ev.HookReceived):
-                    changes[resume_key(event.run_id, data.resume_id)] = b""
+                    assert event.correlation_id is not None, event
+                    changes[resume_key(event.run_id, event.correlation_id, data.resume_id)] = b""
         if not messages:
             return
         for run_id, (state, stored) in self._states.items():

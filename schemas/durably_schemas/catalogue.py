@@ -101,7 +101,7 @@ class Catalogue(msgspec.Struct, frozen=True):
         return (
             topic(
                 self.commands, "run ID, or the token of a custom-token hook", "clients, gateway, anyone",
-                _delete(7 * DAY_MS), "StartRun", "ResumeHook", "CancelRun", "QueryRun",
+                _delete(7 * DAY_MS), "StartRun", "ResumeHook", "CancelRun", "QueryRun", "WatchRun",
             ),
             topic(
                 self.results, "run ID", "workers",
@@ -109,7 +109,7 @@ class Catalogue(msgspec.Struct, frozen=True):
             ),
             topic(
                 self.signals, "run ID or token", processors, _delete(7 * DAY_MS),
-                "ClaimToken", "TokenGranted", "TokenRefused", "ReleaseToken", "HookDelivery", "WatchRun", "ChildFinished",
+                "ClaimToken", "TokenGranted", "TokenRefused", "ReleaseToken", "HookDelivery", "ChildFinished",
             ),
             topic(
                 self.events, "run ID or token", processors,

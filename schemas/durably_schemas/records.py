@@ -162,6 +162,7 @@ class StepResult(Record, frozen=True, kw_only=True):
 class StepHeartbeat(Record, frozen=True, kw_only=True):
     """A worker still runs this attempt, and will say so again before ``lease_until``.
 
+    ``sent_at`` is by the same clock, the worker's: what counts is the time between the two.
     With ``reply_to`` it asks whether the result is still wanted, and is answered as a claim is.
     """
 
@@ -171,6 +172,7 @@ class StepHeartbeat(Record, frozen=True, kw_only=True):
     worker: str
     started_at: int
     lease_until: int
+    sent_at: int
     details: Payload | None = None
     reply_to: ReplyTo | None = None
 

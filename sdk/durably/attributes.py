@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 LIMIT = 16_384
-"""Characters of all attributes of a run, names and values."""
+"""Bytes of all attributes of a run, names and values, in UTF-8."""
 
 
 def checked(attributes: Mapping[Any, Any] | None) -> dict[str, str]:
@@ -30,9 +30,11 @@ def checked(attributes: Mapping[Any, Any] | None) -> dict[str, str]:
 
 def check_size(attributes: Mapping[str, str | None]) -> None:
     """Raises `RecordTooLarge` for attributes that are longer than `LIMIT`."""
-    size = sum(len(name) + len(value or "") for name, value in attributes.items())
+    size = sum(
+        len(text.encode("utf-8", "surrogatepass")) for pair in attributes.items() for text in pair if text is not None
+    )
     if size > LIMIT:
         raise RecordTooLarge(
-            f"the attributes of a run have {LIMIT:,} characters at most, names and values, and these have {size:,}: "
+            f"the attributes of a run have {LIMIT:,} bytes at most, names and values, and these have {size:,}: "
             "keep data in arguments and results, and in attributes what to search by"
         )

@@ -66,17 +66,17 @@ class StepDefinition(Generic[P, R]):
     is_async: bool
     yields: bool = False  # what it yields goes into a stream, and its result is that stream's handle
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[None, None, R]:
         """Runs the step, where the call stands in a workflow; else calls the function."""
         run = workflow_context()
         if run is not None:
             return run.call_step(self, args, kwargs)
-        return cast("Coroutine[Any, Any, R]", self.fn(*args, **kwargs))
+        return cast("Coroutine[None, None, R]", self.fn(*args, **kwargs))
 
     @overload
     def __get__(self, instance: None, owner: type, /) -> StepDefinition[P, R]: ...
     @overload
-    def __get__(self, instance: object, owner: type, /) -> Callable[..., Coroutine[Any, Any, R]]: ...
+    def __get__(self, instance: object, owner: type, /) -> Callable[..., Coroutine[None, None, R]]: ...
     def __get__(self, instance: object, owner: type, /) -> Any:
         """As a method: the instance travels as the first argument, so its class must be one that can."""
         return self if instance is None else partial(cast("Callable[..., Any]", self), instance)
@@ -122,7 +122,7 @@ class WorkflowDefinition(Generic[P, R]):
     name: str
     fn: Callable[..., Coroutine[Any, Any, Any]]
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[None, None, R]:
         """Inlines the workflow into the run whose code is calling. Raises `DurablyError` elsewhere."""
         if workflow_context() is None:
             raise DurablyError(

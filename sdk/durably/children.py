@@ -9,7 +9,7 @@ from durably import failures, payloads
 from durably.attributes import checked
 from durably.authoring import WorkflowDefinition, registry
 from durably.durations import milliseconds
-from durably.errors import ConfigurationError, DurablyError, RunCancelledError, RunFailedError
+from durably.errors import ConfigurationError, DurablyError, RunCancelledError, RunFailedError, RunNotFoundError
 from durably.identifiers import checked_run_id
 from durably.runtime import workflow_context
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+LONGEST_REASON = 16_384
+"""Characters of a cancellation's reason."""
 OnParentEnd = Literal["abandon", "cancel"]
 
 
@@ -62,14 +64,19 @@ class ChildRun(Generic[R]):
             reason = "" if ended.error is None else failures.revealed(ended.error).message
             why = f": {reason}" if reason else ""
             raise RunCancelledError(f"run {self.id} was cancelled{why}", self.id)
-        if ended.error is not None and ended.error.type == NOT_FOUND:
-            assert cause is not None
+        if isinstance(cause, RunNotFoundError) and cause.run_id == self.id:
             raise cause
         said = f": {failures.summed_up(ended.error)}" if ended.error is not None else ""
         raise RunFailedError(f"run {self.id} failed{said}", self.id, cause) from cause
 
     async def cancel(self, reason: str | None = None) -> None:
-        """Asks it to end by a CancelledError. Harmless when it has ended."""
+        """Asks it to end by a CancelledError. Harmless when it has ended.
+
+        Raises:
+            DurablyError: the reason is no text, or has more than 16,384 characters.
+        """
+        if reason is not None and (not isinstance(reason, str) or len(reason) > LONGEST_REASON):
+            raise DurablyError(f"reason {reason!r:.100}: a text of at most {LONGEST_REASON:,} characters")
         self._parent.cancel_child(self._child(), reason)
 
     def _child(self) -> str:
@@ -87,10 +94,6 @@ class ChildRun(Generic[R]):
 
     def __repr__(self) -> str:
         return f"<ChildRun {self.id}>"
-
-
-NOT_FOUND = "durably.errors:RunNotFoundError"
-"""The type of the error that stands for the end of a run which does not exist."""
 
 
 class ChildStarter:

@@ -61,11 +61,12 @@ class Hook(Generic[T]):
         self._payloads: deque[Payload] = deque()
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._settled = asyncio.get_running_loop().create_future()
+        self._granted = False
         self._holder: str | None = None
         self._disposed = False
         self._id, self.token = run.open_hook(self, chosen, told, webhook=webhook, response=response)
         if chosen is None:
-            self._settled.set_result(None)
+            self.granted()
 
     def __await__(self) -> Generator[Any, None, T]:
         """The next payload."""
@@ -92,12 +93,22 @@ class Hook(Generic[T]):
         """Gives the token back, so that others may hold it. What arrives from now on is refused; may be called twice."""
         self._run.close_hook(self._id)
         self._disposed = True
+        if not self._settled.done():
+            self._settled.set_result(None)
         self._wake_all()
 
     async def get_conflict(self) -> ChildRun[Any] | None:
-        """The run that holds the token, or None when this hook does; waits until that is known."""
+        """The run that holds the token, or None when this hook does; waits until that is known.
+
+        Raises:
+            HookDisposedError: the hook was disposed of before that.
+        """
         await asyncio.shield(self._settled)
-        return None if self._holder is None else ChildRun(self._run, self._holder)
+        if self._holder is not None:
+            return ChildRun(self._run, self._holder)
+        if not self._granted:
+            raise HookDisposedError(f"hook {self.token!r} was disposed of before its token was granted", self.token)
+        return None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.token}>"
@@ -141,6 +152,7 @@ class Hook(Generic[T]):
 
     def granted(self) -> None:
         """The run holds the token."""
+        self._granted = True
         if not self._settled.done():
             self._settled.set_result(None)
 
@@ -209,6 +221,10 @@ def create_webhook(
     from durably.web import MANUAL, Request, Response
 
     run = _run("create_webhook")
+    if token in {".", ".."}:
+        raise ConfigurationError(
+            f"token {token!r}: HTTP clients take it for a folder; use a business key, such as order-7"
+        )
     if respond_with is not None and respond_with != MANUAL and not isinstance(respond_with, Response):
         raise ConfigurationError(f'respond_with={respond_with!r:.100}: give a Response, "{MANUAL}", or None for 202')
     response = None if respond_with is None else payloads.dump(respond_with, "the response of a webhook")

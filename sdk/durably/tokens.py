@@ -8,7 +8,7 @@ from hashlib import blake2b
 from durably.errors import ConfigurationError
 
 PREFIX = "hook_"
-"""What the engine's own tokens begin with: ``hook_<secret>.<run ID>``. Neither custom tokens nor run IDs may."""
+"""What the engine's own tokens begin with: ``hook_<n>_<secret>.<run ID>``. Neither custom tokens nor run IDs may."""
 LONGEST = 1_024
 """Bytes of a custom token."""
 
@@ -16,7 +16,7 @@ LONGEST = 1_024
 def default_token(run_id: str, nonce: str, ordinal: int) -> str:
     """The token of a run's n-th hook: the same at every replay, and not to be guessed without the run's nonce."""
     secret = blake2b(f"{run_id}\0{ordinal}".encode(), key=blake2b(nonce.encode()).digest(), digest_size=16).digest()
-    return f"{PREFIX}{urlsafe_b64encode(secret).decode().rstrip('=')}.{run_id}"
+    return f"{PREFIX}{ordinal}_{urlsafe_b64encode(secret).decode().rstrip('=')}.{run_id}"
 
 
 def run_of(token: str) -> str | None:
@@ -24,6 +24,11 @@ def run_of(token: str) -> str | None:
     if not token.startswith(PREFIX):
         return None
     return token.partition(".")[2] or None
+
+
+def hook_of(token: str) -> str:
+    """The id, within its run, of the hook that a default token belongs to; whether it is the hook's is another matter."""
+    return PREFIX + token.removeprefix(PREFIX).partition("_")[0]
 
 
 def routing_key(token: str) -> str:

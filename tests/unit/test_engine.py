@@ -329,7 +329,13 @@ def test_a_step_that_runs_long_becomes_a_lease_that_lapses_into_a_retry():
         bench.take(
             bench.run.heartbeat(
                 rec.StepHeartbeat(
-                    run_id="wrun_1", step_id=request.step_id, attempt=1, worker="w", started_at=T0, lease_until=until
+                    run_id="wrun_1",
+                    step_id=request.step_id,
+                    attempt=1,
+                    worker="w",
+                    started_at=T0,
+                    lease_until=until,
+                    sent_at=T0,
                 ),
                 bench.now,
             )

@@ -12,12 +12,15 @@ from durably import (
     HookDisposedError,
     RecordTooLarge,
     RunFailedError,
+    RunNotFoundError,
     create_hook,
+    create_webhook,
     set_attributes,
 )
 from durably.children import get_run, options, start
 from durably.payloads import load
 from durably.tokens import run_of
+from durably.web import Response
 from durably_processor.engine import guards
 from durably_schemas import events as ev
 from durably_schemas import records as rec
@@ -126,9 +129,10 @@ def test_a_resume_is_refused_with_its_reason():
 
     bench = Bench(wf)
     token = token_of(bench)
-    assert bench.resume("hook_wrong.wrun_1", 1) == "UNKNOWN"
+    assert bench.resume("hook_1_wrong.wrun_1", 1) == "UNKNOWN"
+    assert bench.resume("hook_x.wrun_1", 1) == "UNKNOWN"
     bench.resume(token, 1)
-    assert bench.resume(token, 2, hook_id="hook_1") == "DISPOSED"
+    assert bench.resume(token, 2) == "UNKNOWN"
     bench.result(bench.open[0])
     assert bench.resume(token, 3) == "ENDED"
 
@@ -227,27 +231,28 @@ def test_a_run_that_ends_releases_its_tokens_cancels_its_children_and_tells_who_
 
     parent = rec.Parent(run_id="wrun_p", correlation_id="child_9", root_run_id="wrun_root")
     bench = Bench(wf, parent=parent)
+    assert not bench.commands, "the children wait for the token that they may tell of"
+    bench.grant("t")
     started = [c for c in bench.commands if isinstance(c, rec.StartRun)]
     assert [s.workflow for s in started] == ["minor", "other"]
     assert {s.parent for s in started} == {
         rec.Parent(run_id="wrun_1", correlation_id=f"child_{n}", root_run_id="wrun_root") for n in (1, 2)
     }
     assert len({s.nonce for s in started}) == len({s.run_id for s in started}) == 2
-    bench.take(bench.run.watch(("wrun_w", "child_3"), bench.now))
-    bench.take(bench.run.watch(("wrun_w", "child_3"), bench.now))
-    bench.take(bench.run.watch(("wrun_p", "child_9"), bench.now))
+    bench.take(bench.run.watch("wrun_w", "child_3", bench.now))
+    bench.take(bench.run.watch("wrun_w", "child_3", bench.now))
+    bench.take(bench.run.watch("wrun_p", "child_9", bench.now))
     assert bench.types().count("run_watched") == 1
-    bench.grant("t")
     bench.signals.clear()
     bench.commands.clear()
     bench.result(bench.open[0])
     assert bench.status == "completed"
     assert [c.run_id for c in bench.commands] == [started[0].run_id]
     assert [(type(s), s.run_id) for s in bench.signals] == [
-        (rec.ReleaseToken, "wrun_1"), (rec.ChildFinished, "wrun_p"), (rec.ChildFinished, "wrun_w"),
+        (rec.ReleaseToken, "wrun_1"), (rec.ChildFinished, "wrun_w"), (rec.ChildFinished, "wrun_p"),
     ]  # fmt: skip
-    assert load(bench.signals[1].result) == "x"
-    bench.take(bench.run.watch(("wrun_late", "child_1"), bench.now))
+    assert [load(s.result) for s in bench.signals[1:]] == ["x", "x"]
+    bench.take(bench.run.watch("wrun_late", "child_1", bench.now))
     assert bench.signals[-1].run_id == "wrun_late"
     assert load(bench.signals[-1].result) == "x"
 
@@ -277,8 +282,8 @@ def test_a_childs_failure_arrives_with_its_cause_and_anybodys_run_can_be_waited_
             return [e.run_id, type(e.cause).__name__, str(e.cause)]
 
     bench = Bench(wf)
-    assert bench.signals == [rec.WatchRun(run_id="theirs", watcher_run_id="wrun_1", correlation_id="child_1")]
-    assert not bench.commands
+    assert bench.commands == [rec.WatchRun(run_id="theirs", watcher_run_id="wrun_1", correlation_id="child_1")]
+    assert not bench.signals
     bench.child_ends(error=ZeroDivisionError("no"))
     assert bench.value == ["theirs", "ZeroDivisionError", "no"]
 
@@ -378,3 +383,104 @@ def test_replay_finds_other_hooks_children_and_attributes(kind):
     assert blocked.error.type.endswith("NonDeterminismError")
     assert "a" in blocked.expected
     assert "b" in blocked.found
+
+
+def test_what_was_started_behind_a_claim_is_handed_out_when_the_run_ends_first():
+    async def wf():
+        create_hook(token="t")
+        task = asyncio.ensure_future(work("after"))
+        await start("other")
+        await asyncio.sleep(0)
+        assert not task.done()
+
+    bench = Bench(wf)
+    assert bench.status == "completed"
+    assert [load(r.input)[0] for r in bench.open] == [["after"]]
+    assert [type(c) for c in bench.commands] == [rec.StartRun]
+
+
+def test_a_conflict_asked_about_after_the_disposal_is_an_error_and_no_wait_for_ever():
+    async def wf():
+        hook = create_hook(token="t")
+        asking = asyncio.ensure_future(hook.get_conflict())
+        await asyncio.sleep(0)
+        hook.dispose()
+        try:
+            await asking
+        except HookDisposedError as e:
+            return str(e)
+
+    assert "before its token was granted" in Bench(wf).value
+
+
+def test_a_run_that_is_awaited_again_and_again_is_watched_once():
+    async def wf():
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await get_run("theirs").result(timeout=1)
+
+    bench = Bench(wf)
+    for _ in range(3):
+        bench.next_timer()
+    assert bench.status == "completed"
+    assert len(bench.commands) == 1
+
+
+def test_a_child_that_failed_for_want_of_another_run_is_a_failed_child():
+    async def wf():
+        try:
+            await (await start("other")).result()
+        except RunFailedError as e:
+            return type(e.cause).__name__
+
+    bench = Bench(wf)
+    bench.child_ends(error=RunNotFoundError("there is no run grandchild", "grandchild"))
+    assert bench.value == "RunNotFoundError"
+
+
+def test_attributes_that_were_removed_do_not_count():
+    async def wf():
+        for n in range(30):
+            set_attributes({f"{n}" * 500: "x" * 500})
+            set_attributes({f"{n}" * 500: None})
+
+    assert Bench(wf).status == "completed"
+
+
+def test_a_grant_that_comes_with_the_payload_and_ends_the_run_leaves_nothing_behind_the_end():
+    async def wf():
+        await create_hook(token="t").get_conflict()
+
+    bench = Bench(wf)
+    assert bench.resume("t", 1, hook_id="hook_1") == "UNKNOWN"
+    assert bench.types()[-1] == "run_completed"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: create_hook(metadata="x" * 1_000_000),
+        lambda: create_webhook(metadata="x" * 600_000, respond_with=Response("y" * 400_000)),
+        lambda: set_attributes(a="\udcff"),
+        lambda: start("x" * 2_000_000),
+        lambda: start("other", "x" * 2_000_000),
+        lambda: options(attributes={"a": "\udcff"}).start("other"),
+        lambda: options(delay=1e300).start("other"),
+        lambda: get_run("other").cancel("x" * 20_000),
+        lambda: get_run("other").cancel("\udcff"),
+        lambda: get_run("other").cancel(7),
+    ],
+)
+def test_what_cannot_be_recorded_raises_at_the_call_and_can_be_caught(call):
+    async def wf():
+        try:
+            made = call()
+            if asyncio.iscoroutine(made):
+                await made
+        except (DurablyError, ValueError) as e:
+            await work("after")
+            return str(e)
+
+    bench = Bench(wf)
+    bench.result(bench.open[0])
+    assert bench.value

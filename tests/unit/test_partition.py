@@ -123,7 +123,7 @@ def test_no_timer_fires_before_all_inputs_have_passed_their_ends(lab):
     lab.now += 3_600_000
     late = lab.put(
         CATALOGUE.results,
-        rec.StepHeartbeat(run_id="r1", step_id="x", attempt=1, worker="w", started_at=0, lease_until=0),
+        rec.StepHeartbeat(run_id="r1", step_id="x", attempt=1, worker="w", started_at=0, lease_until=0, sent_at=0),
     )
     lab.take_over({CATALOGUE.commands: 1, CATALOGUE.results: 1, CATALOGUE.signals: 0})
     assert not lab.turn().events
@@ -244,7 +244,7 @@ def types(part: Part) -> list[str]:
 def test_a_lease_that_lapses_is_retried_at_once(lab):
     (request,) = requests(lab.settle(lab.start("chain", 1)), early=True)
     beat = rec.StepHeartbeat(
-        run_id="r1", step_id=request.step_id, attempt=1, worker="w", started_at=T0, lease_until=T0 + 30_000
+        run_id="r1", step_id=request.step_id, attempt=1, worker="w", started_at=T0, lease_until=T0 + 30_000, sent_at=T0
     )
     lab.settle(lab.put(CATALOGUE.results, beat))
     lab.now += 30_000

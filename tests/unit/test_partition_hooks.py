@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import pytest
+from durably.authoring import WorkflowDefinition
 from durably.broker import connect
 from durably.broker.port import TP
+from durably.children import start
+from durably.errors import RecordTooLarge
 from durably.payloads import dump, load
 from durably.tokens import default_token
 from durably_processor.engine import guards
+from durably_processor.engine.run import Run
+from durably_processor.partition import Poisoned
 from durably_processor.restore import Restore
 from durably_processor.state.store import Holder, Store, Token
 from durably_processor.tokens import REMEMBERED, Tokens, applied
+from durably_processor.turn import Part
 from durably_schemas import events as ev
 from durably_schemas import records as rec
-from partition_lab import CATALOGUE, CODEC, Lab, requests
+from partition_lab import CATALOGUE, CODEC, Lab, doing, requests
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +109,7 @@ def test_a_resume_that_is_read_again_before_its_commit_is_delivered_once(lab):
     ("token", "key", "why"),
     [
         ("hook_x", b"hook_x", "names no run"),
-        ("hook_x.r1", b"r2", "demands"),
+        ("hook_1_x.r1", b"r2", "demands"),
         ("", b"", "1 to 1024"),
         ("x" * 2000, b"x" * 2000, "1 to 1024"),
     ],
@@ -114,9 +120,118 @@ def test_a_resume_that_is_not_where_its_token_belongs_is_a_dead_letter(lab, toke
     assert why in letter.reason
 
 
+def test_one_resume_id_counts_once_for_each_hook_of_a_run(lab):
+    async def two(n: int) -> list[object]:
+        from durably import create_hook
+
+        return [await hook for hook in [create_hook(), create_hook()]]
+
+    lab.registry.workflows["two"] = WorkflowDefinition("two", two)
+    lab.settle(lab.start("two", 1))
+    for n in (1, 2):
+        part = lab.settle(resume(lab, default_token("r1", "n", n), n, "payment-4711", b"r1"))
+        assert [e.type for e in events(part)][:1] == ["hook_received"]
+    assert [e.type for e in events(part)][-1] == "run_completed"
+    again = lab.settle(resume(lab, default_token("r1", "n", 1), 1, "payment-4711", b"r1"))
+    assert not again.events
+    assert reply(again).status == "OK"
+
+
+def test_a_resume_that_cannot_be_handled_is_refused_and_blocks_its_run_alone(lab, monkeypatch):
+    lab.settle(lab.start("hooked", 0), lab.start("chain", 1, "other"))
+    message = resume(lab, default_token("r1", "n", 1), 1, "r", b"r1")
+    with monkeypatch.context() as broken:
+        broken.setattr(Run, "resume", lambda *_: 1 / 0)
+        with pytest.raises(Poisoned) as poison:
+            lab.turn(message)
+    lab.partition.drop()
+    lab.options["poisoned"] = frozenset({poison.value.what})
+    lab.take_over({**{topic: len(log) for topic, log in lab.logs.items()}, CATALOGUE.commands: message.offset})
+    part = lab.settle(message)
+    assert reply(part).status == "REFUSED"
+    assert lab.store.state("r1").header.blocked
+    assert not lab.store.state("other").header.blocked
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (rec.ResumeHook(token="t", resume_id="x" * 2000, payload=dump(1, "p"), requested_at=0), "resume_id of 2,000"),
+        (rec.ResumeHook(token="t", resume_id="", payload=dump(1, "p"), requested_at=0), "resume_id of 0"),
+        (
+            rec.CancelRun(run_id="r", requested_at=0, reply_to=rec.ReplyTo(partition=0, request_id="x" * 2000)),
+            "request_id",
+        ),
+        (
+            rec.StartRun(
+                run_id="r",
+                workflow="chain",
+                input=dump([[1], {}], "i"),
+                requested_at=0,
+                parent=rec.Parent(run_id="x" * 600_000, correlation_id="c", root_run_id="r"),
+            ),
+            "the parent's run_id",
+        ),
+    ],
+)
+def test_ids_that_would_swell_other_records_are_refused_where_they_come_in(lab, record, why):
+    part = lab.settle(lab.put(CATALOGUE.commands, record))
+    (letter,) = [CODEC.decode_as(rec.DeadLetter, o.value) for o in part.outputs]
+    assert why in letter.reason
+
+
+def test_what_is_sent_on_and_too_large_for_kafka_is_found_before_the_commit(lab):
+    with pytest.raises(RecordTooLarge, match="a HookDelivery takes"):
+        lab.partition._send(
+            Part(lab.store),
+            rec.HookDelivery(
+                token="t", run_id="r", hook_id="hook_1", resume_id="r",
+                payload=rec.Payload(content_type="", data=b"x" * 1_000_000),
+            ),
+        )  # fmt: skip
+
+
+def test_a_step_does_not_overtake_the_child_that_was_started_before_it(lab):
+    async def asks(n: int) -> None:
+        child = await start("chain", 0)
+        await doing(n)
+        await child.result()
+
+    lab.registry.workflows["asks"] = WorkflowDefinition("asks", asks)
+    part = lab.turn(lab.start("asks", 1))
+    assert not part.early
+    assert [o.topic for o in part.outputs] == [CATALOGUE.requests("default"), CATALOGUE.commands]
+
+
+def test_after_a_take_over_a_question_about_a_hook_waits_as_a_resume_does(lab):
+    positions = {topic: len(log) for topic, log in lab.logs.items()}
+    start_message = lab.start("hooked", 0)
+    ask = rec.QueryRun(run_id="r1", what="HOOK", token="hook_9_x.r1", reply_to=TO)
+    question = lab.put(CATALOGUE.commands, ask)
+    other = lab.put(CATALOGUE.commands, rec.QueryRun(run_id="", what="HOOK", token="order-7", reply_to=TO), b"order-7")
+    result = lab.put(CATALOGUE.results, rec.StepClaim(run_id="r1", step_id="s", attempt=1, worker="w", reply_to=TO))
+    lab.partition.drop()
+    lab.take_over(positions)
+    part = lab.settle(start_message, question, other)
+    assert not part.answers
+    part = lab.settle(result)
+    assert [make().status for _, make in part.answers][1:] == ["NOT_FOUND", "NOT_FOUND"]
+
+
+def test_a_lease_is_as_long_as_the_worker_says_whatever_its_clock_says(lab):
+    (request,) = requests(lab.settle(lab.start("chain", 1)), early=True)
+    behind = lab.now - 3_600_000
+    beat = rec.StepHeartbeat(
+        run_id="r1", step_id=request.step_id, attempt=1, worker="w", started_at=behind, lease_until=behind + 20_000,
+        sent_at=behind,
+    )  # fmt: skip
+    lab.settle(lab.put(CATALOGUE.results, beat))
+    assert lab.store.state("r1").items[request.step_id].due == lab.now + 20_000
+
+
 def test_nobody_holds_the_token_nobody_has_the_hook_and_the_answer_says_which(lab):
     assert "no run has a hook" in reply(lab.settle(resume(lab, "order-7", 1, "r"))).message
-    unknown = reply(lab.settle(resume(lab, "hook_x.nobody", 1, "r", b"nobody")))
+    unknown = reply(lab.settle(resume(lab, "hook_1_x.nobody", 1, "r", b"nobody")))
     assert unknown.status == "NOT_FOUND"
     assert "does not exist yet" in unknown.message
 
@@ -130,8 +245,6 @@ def test_after_a_take_over_a_resume_waits_for_the_hook_that_a_result_may_open(tm
 
         await doing(n)
         return await create_hook()
-
-    from durably.authoring import WorkflowDefinition
 
     lab.registry.workflows["late"] = WorkflowDefinition("late", late)
     (request,) = requests(lab.settle(lab.start("late", 1)), early=True)
@@ -173,7 +286,7 @@ def test_a_summary_tells_the_open_hooks_as_they_come_and_go(lab):
 def test_who_watches_a_run_that_is_not_there_is_told_so_once_that_is_certain(lab):
     watch = rec.WatchRun(run_id="nobody", watcher_run_id="r1", correlation_id="child_1")
     (told,) = [
-        CODEC.decode_as(rec.ChildFinished, o.value) for o in lab.settle(lab.put(CATALOGUE.signals, watch)).outputs
+        CODEC.decode_as(rec.ChildFinished, o.value) for o in lab.settle(lab.put(CATALOGUE.commands, watch)).outputs
     ]
     assert (told.run_id, told.status, told.error.type) == ("r1", "failed", "durably.errors:RunNotFoundError")
 
@@ -199,7 +312,7 @@ def test_recovery_rebuilds_tokens_and_resumes(lab, tmp_path):
         return {key: value for key, value in store._db.items() if key[:1] in b"erotbckm"}
 
     assert content(rebuilt) == content(lab.store)
-    assert rebuilt.received("r1", "r-2")
+    assert rebuilt.received("r1", "hook_1", "r-2")
     assert list(rebuilt.token("order-7").resumes) == ["r-1", "r-2", "r-3"]
     rebuilt.close()
     broker.close()

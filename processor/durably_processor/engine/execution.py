@@ -31,6 +31,7 @@ from durably.errors import (
 from durably.failures import add_note, to_error, to_exception
 from durably.identifiers import ulid_of
 from durably.runtime import HookSink
+from durably_schemas import Codec, CodecError
 from durably_schemas import events as ev
 from durably_schemas.records import Error, Event, Payload
 
@@ -39,8 +40,10 @@ from durably_processor.engine.watchdog import ActivationTimeout
 
 failures.leave_out(Path(__file__).parents[1])
 
-RECORD_OVERHEAD = 16_384
-"""Room for what surrounds a payload in its record."""
+RECORD_OVERHEAD = 40_960
+"""Room for what surrounds a payload in its record: attributes, ids, a token."""
+DERIVED = 4_096
+"""Room for what surrounds an event's data in the records that follow from it."""
 
 _COMMANDS = (
     ev.StepCreated, ev.StepCancelled, ev.WaitCreated, ev.HookCreated, ev.HookDisposed, ev.ChildCreated,
@@ -52,6 +55,9 @@ _DELIVERIES = (
 )  # fmt: skip
 _STEP_ENDS = (ev.StepCompleted, ev.StepFailed)
 _HOOK_NEWS = (ev.HookReceived, ev.HookGranted, ev.HookConflict)
+
+
+_CODEC = Codec()
 
 
 class Command(NamedTuple):
@@ -131,7 +137,8 @@ class Execution:
         self._hooks: dict[str, HookSink] = {}
         self._hook_ordinal = 0
         self._children: dict[str, asyncio.Future[ev.ChildCompleted]] = {}
-        self._attributes: dict[str, str | None] = dict(created.attributes)
+        self._watched: dict[str, str] = {}  # by run id
+        self._attributes: dict[str, str] = dict(created.attributes)
         self._commands: dict[str, Command] = {}  # by what they are about, in the order they arose
         self._obstacle: BaseException | None = None
         self._cancel_reason: str | None = None
@@ -151,16 +158,19 @@ class Execution:
             with self._environment.watch(self.run_id):
                 self._take(event)
                 loop.run_ready()
+                self._conclude()
         except (ActivationTimeout, KeyboardInterrupt) as e:  # the latter raised by workflow code: no signal comes here
             raise Blocked(to_error(e)) from e
+        commands, self._commands = self._commands, {}
+        return list(commands.values())
+
+    def _conclude(self) -> None:
         if self._obstacle is not None:
             raise Blocked(to_error(self._obstacle)) from self._obstacle
         main = self._main
         if main is not None and main.done() and not self.ended:
             self.ended = True
             self._commands["end"] = Command(self._outcome(main))
-        commands, self._commands = self._commands, {}
-        return list(commands.values())
 
     def close(self) -> None:
         """Drops the coroutine; nothing that it does on the way out has any effect."""
@@ -292,15 +302,14 @@ class Execution:
     ) -> tuple[str, str]:
         """A hook is a command; what becomes of it are deliveries."""
         self._loop.check_alive()
-        for payload, what in ((metadata, "the metadata"), (response, "the response")):
-            if payload is not None:
-                self._check_size(payload, f"{what} of a hook")
-        self._hook_ordinal += 1
-        hook_id = f"hook_{self._hook_ordinal}"
+        ordinal = self._hook_ordinal + 1
+        hook_id = f"hook_{ordinal}"
         if token is None:
-            token = tokens.default_token(self.run_id, self._nonce, self._hook_ordinal)
-        self._hooks[hook_id] = sink
+            token = tokens.default_token(self.run_id, self._nonce, ordinal)
         created = ev.HookCreated(token=token, metadata=metadata, webhook=webhook, response=response)
+        self._check(created, f"a hook with the token {token!r}")
+        self._hook_ordinal = ordinal
+        self._hooks[hook_id] = sink
         self._commands[hook_id] = Command(created, hook_id)
         return hook_id, token
 
@@ -321,8 +330,8 @@ class Execution:
         cancel: bool,
     ) -> tuple[str, str]:
         """Another run: a command whose effect is the record that any client would send."""
-        self._check_size(input, f"the arguments of workflow {workflow!r}")
-        child_id = self._open_child()
+        self._loop.check_alive()
+        child_id = f"child_{len(self._children) + 1}"
         if run_id is None:
             seed = blake2b(f"{self.run_id}\0{self._nonce}\0{child_id}".encode(), digest_size=10).digest()
             run_id = f"wrun_{ulid_of(self._loop.now_ms, int.from_bytes(seed, 'big'))}"
@@ -334,21 +343,22 @@ class Execution:
             start_at=start_at,
             cancel=cancel,
         )
+        self._check(created, f"the start of workflow {workflow!r:.100}")
+        self._children[child_id] = self._loop.create_future()
         self._commands[child_id] = Command(created, child_id)
         return run_id, child_id
 
     def watch_run(self, run_id: str) -> str:
-        """A run that is somebody else's is recorded as a child without a workflow."""
-        child_id = self._open_child()
+        """A run that is somebody else's is recorded as a child without a workflow; however often it is waited for."""
+        self._loop.check_alive()
+        child_id = self._watched.get(run_id)
+        if child_id is not None:
+            return child_id
+        child_id = self._watched[run_id] = f"child_{len(self._children) + 1}"
+        self._children[child_id] = self._loop.create_future()
         nothing = Payload(content_type=payloads.MSGPACK, data=b"")
         created = ev.ChildCreated(child_run_id=run_id, workflow="", input=nothing)
         self._commands[child_id] = Command(created, child_id)
-        return child_id
-
-    def _open_child(self) -> str:
-        self._loop.check_alive()
-        child_id = f"child_{len(self._children) + 1}"
-        self._children[child_id] = self._loop.create_future()
         return child_id
 
     async def child_outcome(self, child_id: str) -> ev.ChildCompleted:
@@ -358,15 +368,20 @@ class Execution:
     def cancel_child(self, child_id: str, reason: str | None) -> None:
         """A command; nothing where the child has ended."""
         self._loop.check_alive()
-        if not self._children[child_id].done():
-            self._commands[f"{child_id}/cancelling"] = Command(ev.ChildCancelling(reason=reason), child_id)
+        if self._children[child_id].done():
+            return
+        cancelling = ev.ChildCancelling(reason=reason)
+        self._check(cancelling, "the cancellation of a run")
+        self._commands[f"{child_id}/cancelling"] = Command(cancelling, child_id)
 
     def set_attributes(self, changes: dict[str, str | None]) -> None:
         """A command. Changes of one activation are recorded as one."""
         self._loop.check_alive()
         merged = {**self._attributes, **changes}
-        attributes.check_size(merged)
-        self._attributes = merged
+        kept = {name: value for name, value in merged.items() if value is not None}
+        attributes.check_size(kept)
+        self._check(ev.AttributesSet(attributes=changes), "the attributes")
+        self._attributes = kept
         before = self._commands.pop("attributes", None)
         if before is not None:
             assert isinstance(before.data, ev.AttributesSet)
@@ -386,6 +401,16 @@ class Execution:
 
     def _check_size(self, payload: Payload, what: str) -> None:
         size, limit = len(payload.data), self._environment.max_payload_bytes
+        if size > limit:
+            raise RecordTooLarge.of(what, size, limit)
+
+    def _check(self, data: ev.EventData, what: str) -> None:
+        """Raises at the call what would else be found when the command is recorded, which nobody could catch."""
+        try:
+            size = len(_CODEC.encode(ev.event(self.run_id, 1, 0, data)))
+        except CodecError as e:
+            raise SerializationError(f"{what}: {e}") from e
+        limit = self._environment.max_event_bytes - RECORD_OVERHEAD - DERIVED
         if size > limit:
             raise RecordTooLarge.of(what, size, limit)
 

@@ -33,14 +33,25 @@ from durably_schemas import records as rec
 from durably_schemas.records import ClaimAnswer, Error, Event
 
 from durably_processor.engine.execution import Blocked, Command, Environment, Execution, replay
-from durably_processor.engine.state import START, OpenChild, OpenHook, OpenItem, OpenStep, OpenWait, RunState, created
+from durably_processor.engine.state import (
+    START,
+    OpenChild,
+    OpenHook,
+    OpenItem,
+    OpenStep,
+    OpenWait,
+    RunState,
+    Watcher,
+    created,
+    watcher_id,
+)
 
 CRASHES_TOLERATED = 3
 """A step's attempt may be handed out again this often beyond its retries before it counts as deadly."""
 
 
-Signal = rec.ClaimToken | rec.ReleaseToken | rec.WatchRun | rec.ChildFinished
-Resumed = Literal["OK", "DISPOSED", "ENDED", "UNKNOWN"]
+Signal = rec.ClaimToken | rec.ReleaseToken | rec.ChildFinished
+Resumed = Literal["OK", "ENDED", "UNKNOWN"]
 
 _WATCHED_ONLY = ""  # the workflow of a child that somebody else started
 _ENDS: dict[type[rec.Record], rec.RunStatus] = {
@@ -57,7 +68,7 @@ class Outcome(msgspec.Struct):
     events: list[Event] = []
     requests: list[tuple[str, rec.StepRequest]] = []  # with their queue
     signals: list[Signal] = []
-    commands: list[rec.StartRun | rec.CancelRun] = []
+    commands: list[rec.StartRun | rec.CancelRun | rec.WatchRun] = []
 
 
 class Run:
@@ -196,24 +207,22 @@ class Run:
         return self._answer()
 
     def resume(
-        self, token: str, hook_id: str | None, resume_id: str, payload: rec.Payload, at: int
+        self, token: str, hook_id: str, resume_id: str, payload: rec.Payload, at: int
     ) -> tuple[Outcome, Resumed]:
-        """Outside data for a hook; ``hook_id`` where the owner of its custom token knows which one holds it.
+        """Outside data for a hook.
 
         Whether the resume was there before is for the caller to know: it may be as old as the run.
         """
         if self.state.terminal:
             return self._answer(), "ENDED"
-        hook_id = hook_id or self.state.hooks.get(token)
-        if hook_id is None:
-            return self._answer(), "UNKNOWN"
         hook = self.state.items.get(hook_id)
-        if not isinstance(hook, OpenHook):
-            return self._answer(), "DISPOSED"
         at = self._clamp(at)
-        if hook.claiming:  # whoever delivers to it knows that it holds the token
+        if isinstance(hook, OpenHook) and hook.claiming:  # whoever delivers to it knows that it holds the token
             self._deliver(ev.HookGranted(), at, hook_id)
-        self._deliver(ev.HookReceived(resume_id=resume_id, payload=payload), at, hook_id)
+            hook = self.state.items.get(hook_id)
+        if not isinstance(hook, OpenHook) or hook.token != token:
+            return self._answer(), "UNKNOWN"
+        self._deliver(ev.HookReceived(resume_id=resume_id, payload=payloads.encode(payload)), at, hook_id)
         return self._answer(), "OK"
 
     def granted(self, record: rec.TokenGranted, at: int) -> Outcome:
@@ -241,16 +250,16 @@ class Run:
             self._deliver(done, self._clamp(at), record.correlation_id)
         return self._answer()
 
-    def watch(self, watcher: tuple[str, str], at: int) -> Outcome:
+    def watch(self, run_id: str, correlation_id: str, at: int) -> Outcome:
         """Another run waits for the end of this one."""
         header = self.state.header
         parent = header.parent
-        if parent is not None and (parent.run_id, parent.correlation_id) == watcher:
+        if parent is not None and (parent.run_id, parent.correlation_id) == (run_id, correlation_id):
             return self._answer()  # it started this run, and will be told
         if self.state.terminal:
-            self._tell(watcher, self._end or next(iter(self._history(header.seq))).data)
-        elif watcher not in header.watchers:
-            self._emit(ev.RunWatched(run_id=watcher[0], correlation_id=watcher[1]), self._clamp(at))
+            self._tell(run_id, correlation_id, self._end or next(iter(self._history(header.seq))).data)
+        elif watcher_id(run_id, correlation_id) not in self.state.items:
+            self._emit(ev.RunWatched(run_id=run_id, correlation_id=correlation_id), self._clamp(at))
         return self._answer()
 
     def timer(self, correlation_id: str, due: int) -> Outcome:
@@ -321,28 +330,38 @@ class Run:
         held = state.held() if state.claiming and isinstance(data, _TOKEN_SETTLED) else ()
         state.apply(event)
         self._out.events.append(event)
-        if held and not state.claiming:
-            for step_id in held:
-                step = state.step(step_id)
-                assert step is not None
-                self._request(step_id, step, at)
+        if not state.claiming:
+            for waiting in held:
+                self._hand_out(waiting, at)
         return event
+
+    def _hand_out(self, correlation_id: str, at: int) -> None:
+        item = self.state.items[correlation_id]
+        if isinstance(item, OpenStep):
+            self._request(correlation_id, item, at)
+        elif isinstance(item, OpenChild):
+            created = self.state.unborn.pop(correlation_id, None) or self._recall(item.seq)
+            assert isinstance(created, ev.ChildCreated), created
+            self._out.commands.append(self._birth(created, correlation_id, at))
 
     def _settle(self, data: ev.EventData, at: int) -> None:
         """What the end of the run means to others. The run's items are still open."""
+        if not isinstance(data, ev.RunCancelled):  # what it has started goes on, also where it was not handed out yet
+            for correlation_id in self.state.held() if self.state.claiming else ():
+                self._hand_out(correlation_id, at)
         for correlation_id, item in self.state.items.items():
             if isinstance(item, OpenHook) and item.custom:
                 self._release(item.token, correlation_id, item.recent)
             elif isinstance(item, OpenChild) and item.cancel:
                 self._cancel_child(item.run_id, f"its parent {self.state.header.run_id} has ended", at)
+            elif isinstance(item, Watcher):
+                self._tell(item.run_id, item.correlation_id, data)
         self._end = data
         parent = self.state.header.parent
         if parent is not None:
-            self._tell((parent.run_id, parent.correlation_id), data)
-        for watcher in self.state.header.watchers:
-            self._tell(watcher, data)
+            self._tell(parent.run_id, parent.correlation_id, data)
 
-    def _tell(self, watcher: tuple[str, str], end: ev.EventData) -> None:
+    def _tell(self, run_id: str, correlation_id: str, end: ev.EventData) -> None:
         error: Error | None = None
         if isinstance(end, ev.RunFailed):
             error = end.error
@@ -350,8 +369,8 @@ class Run:
             error = to_error(RunCancelledError(end.reason or "", self.state.header.run_id))
         self._out.signals.append(
             rec.ChildFinished(
-                run_id=watcher[0],
-                correlation_id=watcher[1],
+                run_id=run_id,
+                correlation_id=correlation_id,
                 child_run_id=self.state.header.run_id,
                 status=_ENDS[type(end)],
                 result=end.result if isinstance(end, ev.RunCompleted) else None,
@@ -427,17 +446,14 @@ class Run:
         elif isinstance(data, ev.ChildCancelling):
             if isinstance(item, OpenChild):
                 self._cancel_child(item.run_id, data.reason, at)
-        elif isinstance(data, ev.ChildCreated):
-            if data.workflow == _WATCHED_ONLY:
-                watch = rec.WatchRun(
-                    run_id=data.child_run_id, watcher_run_id=header.run_id, correlation_id=correlation_id
-                )
-                self._out.signals.append(watch)
-            else:
-                self._out.commands.append(self._start_child(data, correlation_id, at))
+        elif isinstance(data, ev.ChildCreated) and correlation_id not in self.state.unborn:
+            self._out.commands.append(self._birth(data, correlation_id, at))
 
-    def _start_child(self, data: ev.ChildCreated, child_id: str, at: int) -> rec.StartRun:
+    def _birth(self, data: ev.ChildCreated, child_id: str, at: int) -> rec.StartRun | rec.WatchRun:
+        """What makes a child of it: the start of a run, or the wish to be told of one's end."""
         header = self.state.header
+        if data.workflow == _WATCHED_ONLY:
+            return rec.WatchRun(run_id=data.child_run_id, watcher_run_id=header.run_id, correlation_id=child_id)
         root = header.parent.root_run_id if header.parent is not None else header.run_id
         return rec.StartRun(
             run_id=data.child_run_id,
@@ -454,7 +470,9 @@ class Run:
         header = self.state.header
         payload = self.state.inputs.get(step_id)
         if payload is None:
-            payload = self.state.inputs[step_id] = self._recall(step)
+            created = self._recall(step.seq)
+            assert isinstance(created, ev.StepCreated), created
+            payload = self.state.inputs[step_id] = created.input
         request = rec.StepRequest(
             run_id=header.run_id,
             step_id=step_id,
@@ -470,11 +488,10 @@ class Run:
         )
         self._out.requests.append((step.queue, request))
 
-    def _recall(self, step: OpenStep) -> rec.Payload:
-        event = next(iter(self._history(step.seq)))
-        assert event.seq == step.seq, event
-        assert isinstance(event.data, ev.StepCreated), event
-        return event.data.input
+    def _recall(self, seq: int) -> ev.EventData:
+        event = next(iter(self._history(seq)))
+        assert event.seq == seq, event
+        return event.data
 
     def _attempt_failed(
         self, step_id: str, step: OpenStep, at: int, error: Error, retry_after: int | None, *, fatal: bool = False

@@ -92,9 +92,24 @@ class OpenChild(msgspec.Struct, tag="c"):
     due: ClassVar[None] = None
     run_id: str
     cancel: bool
+    seq: int
+    held: bool = False
 
 
-OpenItem = OpenStep | OpenWait | OpenHook | OpenChild
+class Watcher(msgspec.Struct, tag="x"):
+    """A run that waits for the end of this one."""
+
+    due: ClassVar[None] = None
+    run_id: str
+    correlation_id: str
+
+
+OpenItem = OpenStep | OpenWait | OpenHook | OpenChild | Watcher
+
+
+def watcher_id(run_id: str, correlation_id: str) -> str:
+    """Of a watcher's item: no step, wait, hook or child has such an id."""
+    return f"{run_id}|{correlation_id}"
 
 
 class Header(msgspec.Struct, omit_defaults=True):
@@ -119,7 +134,9 @@ class Header(msgspec.Struct, omit_defaults=True):
     streams: list[str] = []
     nonce: str = ""
     url: str | None = None
-    watchers: list[tuple[str, str]] = []  # run id and correlation id of those who wait for its end
+
+
+_AWAITED_OTHERWISE = frozenset({OpenStep, Watcher})
 
 
 class RunState:
@@ -129,23 +146,25 @@ class RunState:
         header: everything but the open items.
         items: open steps and waits by correlation id.
         inputs: of open steps, as far as they are in memory.
+        unborn: children that are held, as far as they are in memory.
         unsettled: how many open steps have a timer that may fire soon (backoff, lease).
-        waits: how many open items are no steps.
+        waits: how many open items are what this run waits for, other than steps.
         claiming: how many hooks wait for their token.
         hooks: ids of open hooks by token.
         touched: ids of the items that changed since this was last cleared.
         news: counts the changes of what the summary tells.
     """
 
-    __slots__ = ("claiming", "header", "hooks", "inputs", "items", "news", "touched", "unsettled", "waits")
+    __slots__ = ("claiming", "header", "hooks", "inputs", "items", "news", "touched", "unborn", "unsettled", "waits")
 
     def __init__(self, header: Header, items: dict[str, OpenItem] | None = None) -> None:
         self.header = header
         self.items: dict[str, OpenItem] = items or {}
         self.inputs: dict[str, Payload] = {}
+        self.unborn: dict[str, ev.ChildCreated] = {}
         self.touched: set[str] = set()
         self.news = 0
-        self.waits = sum(type(i) is not OpenStep for i in self.items.values())
+        self.waits = sum(type(i) not in _AWAITED_OTHERWISE for i in self.items.values())
         self.claiming = sum(type(i) is OpenHook and i.claiming for i in self.items.values())
         self.hooks = {i.token: hook_id for hook_id, i in self.items.items() if type(i) is OpenHook}
         self.unsettled = sum(type(i) is OpenStep and i.status != "scheduled" for i in self.items.values())
@@ -184,7 +203,7 @@ class RunState:
     def _open(self, correlation_id: str, item: OpenItem) -> None:
         self.items[correlation_id] = item
         self.touched.add(correlation_id)
-        if type(item) is OpenStep:
+        if type(item) in _AWAITED_OTHERWISE:
             return
         self.waits += 1
         if type(item) is OpenHook:
@@ -198,8 +217,10 @@ class RunState:
             return
         self.touched.add(correlation_id)
         self.inputs.pop(correlation_id, None)
+        self.unborn.pop(correlation_id, None)
         if type(item) is OpenStep:
             self.unsettled -= item.status != "scheduled"
+        if type(item) in _AWAITED_OTHERWISE:
             return
         self.waits -= 1
         if type(item) is OpenHook:
@@ -217,15 +238,15 @@ class RunState:
     def _hand_out(self) -> None:
         if self.claiming:
             return
-        for step_id in self.held():
-            step = self.items[step_id]
-            assert type(step) is OpenStep
-            step.held = False
-            self.touched.add(step_id)
+        for correlation_id in self.held():
+            item = self.items[correlation_id]
+            assert isinstance(item, OpenStep | OpenChild)
+            item.held = False
+            self.touched.add(correlation_id)
 
     def held(self) -> list[str]:
-        """Ids of the steps that wait for the tokens."""
-        return [step_id for step_id, item in self.items.items() if type(item) is OpenStep and item.held]
+        """Ids of the steps and children that wait for the tokens."""
+        return [i for i, item in self.items.items() if isinstance(item, OpenStep | OpenChild) and item.held]
 
     def step(self, correlation_id: str) -> OpenStep | None:
         """The open step with this id."""
@@ -352,7 +373,10 @@ class RunState:
         self._close(_id(event))
 
     def _child_created(self, event: Event, data: ev.ChildCreated) -> None:
-        self._open(_id(event), OpenChild(run_id=data.child_run_id, cancel=data.cancel))
+        held = self.claiming > 0
+        if held:
+            self.unborn[_id(event)] = data
+        self._open(_id(event), OpenChild(run_id=data.child_run_id, cancel=data.cancel, seq=event.seq, held=held))
 
     def _child_cancelling(self, event: Event, data: ev.ChildCancelling) -> None:
         """Its end is still to come."""
@@ -366,7 +390,8 @@ class RunState:
         self.news += 1
 
     def _run_watched(self, event: Event, data: ev.RunWatched) -> None:
-        self.header.watchers = [*self.header.watchers, (data.run_id, data.correlation_id)]
+        watcher = Watcher(run_id=data.run_id, correlation_id=data.correlation_id)
+        self._open(watcher_id(data.run_id, data.correlation_id), watcher)
 
     def _wait_created(self, event: Event, data: ev.WaitCreated) -> None:
         self._open(_id(event), OpenWait(due=data.due_at))

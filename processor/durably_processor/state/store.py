@@ -5,7 +5,7 @@
     o | run | id          an open item
     t | due | run | id    its timer
     b | run               the run is blocked
-    m | run | resume id   the resume has been received
+    m | run | hook | resume id   the hook has received the resume
     k | token             who holds the custom token, and which resumes came before
     a | run               activations that were begun and have not ended (see `Store.begin_activation`)
     c                     the checkpoint: the next offset of ``events``
@@ -79,9 +79,9 @@ def timer_key(due: int, run: bytes, correlation_id: str) -> bytes:
     return b"t" + due.to_bytes(8, "big") + run + correlation_id.encode()
 
 
-def resume_key(run_id: str, resume_id: str) -> bytes:
-    """Of one resume that a run has received."""
-    return b"m" + _prefixed(run_id) + resume_id.encode()
+def resume_key(run_id: str, hook_id: str, resume_id: str) -> bytes:
+    """Of one resume that a hook has received."""
+    return b"m" + _prefixed(run_id) + _prefixed(hook_id) + resume_id.encode()
 
 
 def token_key(token: str) -> bytes:
@@ -228,9 +228,9 @@ class Store:
         items = {key[len(prefix) :].decode(): _item.decode(data) for key, data in self._scan(prefix)}
         return RunState(_header(value), items)
 
-    def received(self, run_id: str, resume_id: str) -> bool:
-        """Whether the run has received this resume."""
-        return self._db.get(resume_key(run_id, resume_id)) is not None
+    def received(self, run_id: str, hook_id: str, resume_id: str) -> bool:
+        """Whether the hook has received this resume."""
+        return self._db.get(resume_key(run_id, hook_id, resume_id)) is not None
 
     def token(self, token: str) -> Token:
         """A custom token."""

@@ -7,10 +7,12 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
+from durably_schemas import CodecError
 from durably_schemas.records import DeadLetter, Error, StepClaim, StepFailed, StepHeartbeat, StepResult
 
 from durably import failures
 from durably.errors import BrokerError, RecordTooLarge
+from durably.worker.execution import untold
 
 if TYPE_CHECKING:
     from durably_schemas import Catalogue, Codec
@@ -46,7 +48,12 @@ class Outbox:
 
     def result(self, attempt: Attempt, outcome: Outcome) -> None:
         """Sends how an attempt ended; its offset is released when that is durable."""
-        value = self._encode_result(attempt, outcome)
+        try:
+            value = self._encode_result(attempt, outcome)
+        except CodecError as e:
+            why = f"what came of {attempt} does not fit its record: {e}"
+            logger.error(why)  # noqa: TRY400 - the message says it all
+            value = self._encode_result(attempt, untold(why))
         if len(value) > self._max_bytes:
             value = self._encode_result(attempt, self._shortened(attempt, outcome, len(value)))
         self._send_result(attempt, value)
@@ -57,13 +64,15 @@ class Outbox:
         With ``reply_to`` it asks whether the attempt is still wanted.
         """
         request = attempt.request
+        now = self._clock.now()
         beat = StepHeartbeat(
             run_id=request.run_id,
             step_id=request.step_id,
             attempt=request.attempt,
             worker=self._worker_id,
             started_at=attempt.started_at,
-            lease_until=self._clock.now() + round(ttl * 1000),
+            lease_until=now + round(ttl * 1000),
+            sent_at=now,
             reply_to=reply_to,
         )
         first = attempt.beat_at is None

@@ -128,6 +128,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """The client's names, and those of HTTP, imported when they are first asked for: most processes do without."""
     if name not in _LAZY:

@@ -24,6 +24,7 @@ R = TypeVar("R")
 
 LONGEST_REASON = 16_384
 """Characters of a cancellation's reason."""
+_ASKS_THE_PROCESSOR = frozenset({"describe", "events", "hooks", "rerun", "status", "stream", "stream_info", "streams"})
 OnParentEnd = Literal["abandon", "cancel"]
 
 
@@ -78,6 +79,14 @@ class ChildRun(Generic[R]):
         if reason is not None and (not isinstance(reason, str) or len(reason) > LONGEST_REASON):
             raise DurablyError(f"reason {reason!r:.100}: a text of at most {LONGEST_REASON:,} characters")
         self._parent.cancel_child(self._child(), reason)
+
+    def __getattr__(self, name: str) -> Any:
+        """What other handles of runs have, and workflow code must not ask."""
+        if name in _ASKS_THE_PROCESSOR:
+            raise DurablyError(
+                f"{name} of run {self.id} asks a processor, which a workflow must not: pass the run to a step, and ask there"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     def _child(self) -> str:
         if self._child_id is None:

@@ -438,6 +438,18 @@ def test_a_child_that_failed_for_want_of_another_run_is_a_failed_child():
     assert bench.value == "RunNotFoundError"
 
 
+def test_what_a_workflow_must_not_ask_of_a_run_is_named_with_the_remedy():
+    async def wf():
+        child = await start("other")
+        assert not hasattr(child, "no_such_thing")
+        try:
+            await child.status()
+        except DurablyError as e:
+            return str(e)
+
+    assert "ask there" in Bench(wf).value
+
+
 def test_attributes_that_were_removed_do_not_count():
     async def wf():
         for n in range(30):

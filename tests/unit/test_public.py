@@ -45,7 +45,7 @@ def test_calls_are_checked_and_results_have_types(tmp_path):
     revealed = [line.partition('type is "')[2].rstrip('"') for line in told.splitlines() if "Revealed" in line]
     assert revealed == ["str", "tuple[str, int]", "list[int]", "int"], told
     wrong = [line for line in told.splitlines() if "arg-type" in line or "call-overload" in line]
-    assert ["typed.py:15", "typed.py:16"] == [line.rpartition(": error")[0] for line in wrong], told
+    assert [line.rpartition(": error")[0] for line in wrong] == ["typed.py:15", "typed.py:16"], told
 
 
 def test_every_error_is_public_and_drawn_in_the_tree():

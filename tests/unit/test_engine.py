@@ -14,7 +14,6 @@ from durably import HookConflictError, RetryableError, RunFailedError, create_ho
 from durably.authoring import Registry, WorkflowDefinition
 from durably.children import start
 from durably.payloads import dump_arguments
-from durably_processor.engine import guards
 from durably_processor.engine.execution import Blocked, Environment, replay
 from durably_processor.engine.run import Run
 from durably_processor.engine.state import Header, OpenChild, OpenHook, RunState
@@ -24,12 +23,7 @@ from engine_bench import T0, Bench, once, work
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _guarded():
-    guards.install()
-    yield
-    guards.uninstall()
+pytestmark = pytest.mark.usefixtures("guarded")
 
 
 def test_a_sequential_run_logs_each_step_once_and_in_order():

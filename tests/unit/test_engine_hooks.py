@@ -21,17 +21,11 @@ from durably.children import get_run, options, start
 from durably.payloads import load
 from durably.tokens import run_of
 from durably.web import Response
-from durably_processor.engine import guards
 from durably_schemas import events as ev
 from durably_schemas import records as rec
 from engine_bench import Bench, work
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _guarded():
-    guards.install()
-    yield
-    guards.uninstall()
+pytestmark = pytest.mark.usefixtures("guarded")
 
 
 def token_of(bench: Bench, hook_id: str = "hook_1") -> str:

@@ -9,7 +9,6 @@ from durably.broker import connect
 from durably.broker.port import TP
 from durably.payloads import dump_arguments
 from durably_processor.admission import Admission
-from durably_processor.engine import guards
 from durably_processor.partition import Poisoned
 from durably_processor.restore import Restore
 from durably_processor.state.store import Store
@@ -18,20 +17,7 @@ from durably_schemas import Catalogue
 from durably_schemas import records as rec
 from partition_lab import CATALOGUE, CODEC, T0, Lab, doing, requests
 
-
-@pytest.fixture(autouse=True)
-def _guarded():
-    guards.install()
-    yield
-    guards.uninstall()
-
-
-@pytest.fixture
-def lab(tmp_path):
-    lab = Lab(tmp_path)
-    yield lab
-    lab.partition.drop()
-    lab.store.close()
+pytestmark = pytest.mark.usefixtures("guarded")
 
 
 def test_a_request_whose_cause_is_ordered_by_one_log_goes_out_before_its_commit(lab):

@@ -10,7 +10,6 @@ from durably.children import start
 from durably.errors import RecordTooLarge
 from durably.payloads import dump, load
 from durably.tokens import default_token
-from durably_processor.engine import guards
 from durably_processor.engine.run import Run
 from durably_processor.partition import Poisoned
 from durably_processor.restore import Restore
@@ -21,20 +20,7 @@ from durably_schemas import events as ev
 from durably_schemas import records as rec
 from partition_lab import CATALOGUE, CODEC, Lab, doing, requests
 
-
-@pytest.fixture(autouse=True)
-def _guarded():
-    guards.install()
-    yield
-    guards.uninstall()
-
-
-@pytest.fixture
-def lab(tmp_path):
-    lab = Lab(tmp_path)
-    yield lab
-    lab.partition.drop()
-    lab.store.close()
+pytestmark = pytest.mark.usefixtures("guarded")
 
 
 TO = rec.ReplyTo(partition=0, request_id="q")

@@ -90,12 +90,21 @@ class Catalogue(msgspec.Struct, frozen=True):
         return f"{self.namespace}.requests.{queue}"
 
     def topics(self, queues: tuple[str, ...] = ("default",)) -> tuple[Topic, ...]:
-        """All topics, with one ``requests`` topic for each queue."""
+        """All topics, with one ``requests`` topic for each queue.
+
+        The brokers stamp all records, because a record's time is what a run begins at, what its log says, and what
+        readers search for: with the clocks of whoever wrote them, one that is wrong would hide a run's first records.
+        """
         processors = "processors, in their transaction"
 
         def topic(name: str, key: str, written_by: str, config: dict[str, str], *records: str) -> Topic:
             return Topic(
-                name=name, partitions=self.partitions, config=config, key=key, written_by=written_by, records=records
+                name=name,
+                partitions=self.partitions,
+                config=config | {"message.timestamp.type": "LogAppendTime"},
+                key=key,
+                written_by=written_by,
+                records=records,
             )
 
         return (

@@ -15,6 +15,7 @@ _NAMES = {
     "day": "d", "week": "w",
 }  # fmt: skip
 _PART = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]+)\s*")
+_LONGEST = 1000 * 365 * 86_400_000
 _REMEDY = 'use seconds, a text such as "10s" or "1h30m", a timedelta, or an aware datetime'
 
 
@@ -46,7 +47,7 @@ def milliseconds(value: Duration, *, now: int | None = None) -> int:
         now: milliseconds since the epoch; without it a datetime is refused.
 
     Raises:
-        ValueError: not a duration, negative, or not finite.
+        ValueError: not a duration, negative, or longer than 1000 years.
         TypeError: of another type, or a naive datetime.
     """
     if isinstance(value, datetime):
@@ -63,6 +64,6 @@ def milliseconds(value: Duration, *, now: int | None = None) -> int:
         length = value * 1000
     else:
         raise TypeError(f"{value!r} is no duration: {_REMEDY}")
-    if not math.isfinite(length) or length < 0:
-        raise ValueError(f"{value!r} is no duration: it must be finite and not negative")
+    if not 0 <= length <= _LONGEST:  # which nan is not either
+        raise ValueError(f"{value!r} is no duration: it must not be negative, nor longer than 1000 years")
     return math.ceil(round(length, 6))

@@ -19,11 +19,11 @@ from durably_schemas.records import Payload
 from durably.errors import ConfigurationError, PayloadCodecError, SerializationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 SETTING = "DURABLY_PAYLOAD_CODEC"
-LARGEST = 64 * 1024 * 1024
-"""Bytes that a payload may have when it is decompressed: more is refused before it is there."""
+LARGEST = 16 * 1024 * 1024
+"""Bytes that a payload may have when it is decompressed: more is refused before it is there, and not compressed either."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -33,7 +33,8 @@ class PayloadCodec(Protocol):
 
     A codec that encrypts also has ``hides = True``: the messages and tracebacks of exceptions then travel encoded as
     well. And it has a ``fingerprint_key``, 16 to 64 secret bytes that never change, from which the fingerprints of
-    steps are made.
+    steps are made. One that has ``binds = True`` is given, as a second argument to both methods, the content type of the
+    data that it encodes, as bytes: so that they cannot be passed off as data of another.
     """
 
     @property
@@ -57,9 +58,14 @@ class Gzip:
         self._above = above
 
     def encode(self, data: bytes) -> bytes:
-        """The data compressed, or as they are."""
+        """The data compressed, or as they are. Raises `SerializationError` where they are larger than `LARGEST`."""
         if len(data) <= self._above:
             return data
+        if len(data) > LARGEST:  # a decompressor would refuse them
+            raise SerializationError(
+                f"{len(data):,} bytes are more than the {LARGEST:,} that a payload may have: keep large data elsewhere, and "
+                f"pass a reference"
+            )
         smaller = zlib.compress(data, self._level, wbits=31)
         return smaller if len(smaller) < len(data) else data
 
@@ -92,6 +98,7 @@ class AesGcm:
     """
 
     name = "aes-gcm"
+    binds = True
 
     def __init__(self, keys: Mapping[str, bytes], current: str | None, *, fingerprint_key: bytes | None = None) -> None:
         try:
@@ -119,18 +126,23 @@ class AesGcm:
         self._seed = os.urandom(32)
         self._count = count()
 
-    def encode(self, data: bytes) -> bytes:
-        """A header (length and name of the key, 24 bytes of salt), the encrypted data, and 16 bytes that authenticate all."""
+    def encode(self, data: bytes, content_type: bytes = b"") -> bytes:
+        """A header (length and name of the key, 24 bytes of salt), the encrypted data, and 16 bytes that authenticate all.
+
+        Args:
+            data: what is to be encrypted.
+            content_type: what is authenticated with them: theirs, with the codecs that they went through before.
+        """
         if self._current is None:
             return data
         # The data count as well: a copy of this process, which counts alike, salts alike only what is alike.
         salt = blake2b(next(self._count).to_bytes(8, "big") + data, key=self._seed, digest_size=24).digest()
         key_id = self._current.encode()
         header = bytes([len(key_id)]) + key_id + salt
-        return header + self._cipher(self._derived(self._current, salt)).encrypt(salt[12:], data, header)
+        return header + self._cipher(self._derived(self._current, salt)).encrypt(salt[12:], data, header + content_type)
 
-    def decode(self, data: bytes) -> bytes:
-        """The data decrypted. Raises `SerializationError`, naming the key, where it is not here or does not fit."""
+    def decode(self, data: bytes, content_type: bytes = b"") -> bytes:
+        """The data decrypted, which had this content type. Raises `SerializationError`, naming the key, where it is not here or does not fit."""
         end = 1 + data[0] + 24 if data else 0
         if len(data) < end + 16 or not data:
             raise SerializationError(f"encrypted data are cut off: {len(data)} bytes")
@@ -140,10 +152,11 @@ class AesGcm:
                 f"encrypted with key {key_id!r}, which this process does not have: it has {_listed(self._keys)}; add it"
             )
         try:
-            return self._cipher(self._derived(key_id, salt)).decrypt(salt[12:], data[end:], data[:end])
+            return self._cipher(self._derived(key_id, salt)).decrypt(salt[12:], data[end:], data[:end] + content_type)
         except self._mismatch as e:
             raise SerializationError(
-                f"encrypted with key {key_id!r}, but altered since, or another key has that name here"
+                f"encrypted with key {key_id!r}, but altered since, they or their content type, or another key has that name "
+                f"here"
             ) from e
 
     def _derived(self, key_id: str, salt: bytes) -> bytes:
@@ -172,10 +185,13 @@ class Chain:
         """The payload, encoded, and saying by what. Raises `SerializationError` where a codec fails."""
         if _split(payload.content_type)[1]:
             return payload
-        data, applied = payload.data, []
+        data = payload.data
+        applied: list[str] = []
         for name, codec in self.codecs.items():
             try:
-                encoded = codec.encode(data)
+                encoded = _bound(codec, codec.encode, payload.content_type, applied)(data)
+            except SerializationError as e:
+                raise SerializationError(f"payload codec {name!r} cannot encode: {e}") from e
             except Exception as e:  # a user's
                 raise SerializationError(f"payload codec {name!r} cannot encode: {type(e).__name__}: {e}") from e
             if encoded is not data:
@@ -264,7 +280,7 @@ def decode(payload: Payload) -> Payload:
         return payload
     known = _known()
     data = payload.data
-    for name in reversed(names):
+    for n, name in reversed([*enumerate(names)]):
         codec = known.get(name)
         if codec is None:
             raise PayloadCodecError(
@@ -272,7 +288,7 @@ def decode(payload: Payload) -> Payload:
                 f"call durably.payload_codec.install()"
             )
         try:
-            data = codec.decode(data)
+            data = _bound(codec, codec.decode, content_type, names[:n])(data)
         except SerializationError as e:
             raise PayloadCodecError(f"the payload cannot be decoded by codec {name!r}: {e}") from e
         except Exception as e:  # a user's, and bytes from anywhere
@@ -289,6 +305,15 @@ def fingerprint_key(like: Payload | None) -> bytes:
         if key and (like is not None or getattr(codec, "hides", False)):
             return blake2b(b"durably fingerprints", key=key, digest_size=32).digest()
     return b""
+
+
+def _bound(
+    codec: PayloadCodec, method: Callable[..., bytes], content_type: str, before: list[str]
+) -> Callable[[bytes], bytes]:
+    """The method of a codec, given the content type where it binds that, after the codecs that were applied before."""
+    if not getattr(codec, "binds", False):
+        return method
+    return lambda data: method(data, ";codec=".join(filter(None, (content_type, ",".join(before)))).encode())
 
 
 def _known() -> dict[str, PayloadCodec]:

@@ -13,6 +13,7 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 from uuid import UUID
@@ -28,7 +29,7 @@ from durably.serialization import Entry, by_class, entry_named, load_instance, u
 from durably.streams import Readable, Writable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
 DEPTH = 128
 """Levels of nesting; both coders recurse on the C stack."""
@@ -40,13 +41,14 @@ _REMEDY = (
 # The codes are part of the wire contract: never reuse one.
 (
     _BIGINT, _TUPLE, _SET, _FROZENSET, _DATETIME, _DATE, _TIME, _TIMEDELTA, _DECIMAL, _UUID, _PAIRS, _WRITABLE,
-    _READABLE, _RUN, _STEP, _WORKFLOW, _OBJECT, _CLASS, _EXCEPTION, _PATH, _ZONED,
-) = range(1, 22)  # fmt: skip
+    _READABLE, _RUN, _STEP, _WORKFLOW, _OBJECT, _CLASS, _EXCEPTION, _PATH, _ZONED, _ZONED_TIME,
+) = range(1, 23)  # fmt: skip
 
 _encode = msgspec.msgpack.Encoder().encode
 _identity = object.__hash__  # id() raises an audit event, which costs more than all the rest
 _AS_IS = frozenset({str, float, bool, type(None), bytes})
 _KEYS = _AS_IS | {int}
+_SIZED = (str, bytes, bytearray, memoryview)
 _LOWEST, _HIGHEST = -(1 << 63), (1 << 64) - 1
 
 _Seen = dict[int, Any]
@@ -89,13 +91,45 @@ class _Until(dict[int, Any]):
         super().__setitem__(key, value)
 
 
-def write(value: Any) -> bytes:
+class Limit(dict[int, Any]):
+    """For `write`: gives up on a value that is larger than there is room for, before it has been gone through.
+
+    Args:
+        most: bytes; a value that takes more may yet be written, where it consists of many small objects.
+
+    Attributes:
+        looked_at: how many items.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.looked_at = 0
+        self._left = most
+
+    def weigh(self, values: Collection[Any]) -> None:
+        """Counts what a container is going to take at least. Raises `Unfit`."""
+        self._left -= len(values)
+        if self._left >= 0:
+            self.looked_at += len(values)
+            self._left -= sum(len(value) for value in values if isinstance(value, _SIZED))
+        if self._left < 0:
+            raise Unfit("is larger than there is room for")
+
+
+def write(value: Any, limit: Limit | None = None) -> bytes:
     """The value as msgpack: equal values give equal bytes, dicts in the order of their items.
 
+    Args:
+        value: what is to be written.
+        limit: how much of it; None: all of it.
+
     Raises:
-        Unfit: a part of it cannot travel, contains itself, or is mutable and stands in two places.
+        Unfit: a part of it cannot travel, contains itself, or is mutable and stands in two places; or it exceeds the
+            limit, in which case the path to it may be missing.
         ValueError: as msgspec and the user's own methods say; and `TypeError`, `AttributeError` and the like.
     """
+    if limit is not None:
+        limit.weigh((value,))
+        return _encode(_plain(value, limit, 1))
     try:
         return _encode(value if type(value) in _AS_IS else _plain(value, {}, 1))
     except _Twice as e:
@@ -186,7 +220,9 @@ def _enter(value: Any, seen: _Seen) -> None:
     seen[identity] = value
 
 
-def _items(value: Iterable[Any], seen: _Seen, depth: int) -> list[Any]:
+def _items(value: Collection[Any], seen: _Seen, depth: int, each: _Writer = _plain) -> list[Any]:
+    if type(seen) is Limit:
+        seen.weigh(value)
     if depth > DEPTH:
         raise Unfit(f"is nested deeper than {DEPTH} levels")
     out: list[Any] = []
@@ -197,7 +233,7 @@ def _items(value: Iterable[Any], seen: _Seen, depth: int) -> list[Any]:
             if kind in _AS_IS or (kind is int and _LOWEST <= item <= _HIGHEST):
                 out.append(item)
             else:
-                out.append(_plain(item, seen, depth))
+                out.append(each(item, seen, depth))
     except Unfit as e:
         e.path.append(f"[{len(out)}]")
         raise
@@ -219,12 +255,16 @@ def _mapping(value: Mapping[Any, Any], seen: _Seen, depth: int) -> Any:
     seen[identity] = value
     if depth > DEPTH:
         raise Unfit(f"is nested deeper than {DEPTH} levels")
+    if type(seen) is Limit:
+        seen.weigh(value)
+        seen.weigh(value.values())
     out: dict[Any, Any] = {}
     key: Any = None
     depth += 1
+    items = iter(value.items())
     try:
-        for key, item in value.items():
-            if type(key) is not str and type(key) not in _KEYS:
+        for key, item in items:
+            if type(key) is not str and (type(key) not in _KEYS or _is_big(key)):
                 break
             kind = type(item)
             if kind in _AS_IS or (kind is int and _LOWEST <= item <= _HIGHEST):
@@ -236,22 +276,20 @@ def _mapping(value: Mapping[Any, Any], seen: _Seen, depth: int) -> Any:
     except Unfit as e:
         e.path.append(f"[{key!r:.60}]")
         raise
-    while seen.popitem()[0] != identity:  # it is gone through once more
-        pass
-    seen[identity] = value
-    return _pairs(value, seen, depth)
+    return _pairs(out, chain(((key, item),), items), seen, depth)
 
 
-def _pairs(value: Mapping[Any, Any], seen: _Seen, depth: int) -> Ext:
-    """A mapping with keys that msgpack has no form for that would stay hashable."""
-    out = []
+def _is_big(key: Any) -> bool:
+    return type(key) is int and not _LOWEST <= key <= _HIGHEST
+
+
+def _pairs(done: dict[Any, Any], rest: Iterable[tuple[Any, Any]], seen: _Seen, depth: int) -> Ext:
+    """A mapping with keys that msgpack has no form for that would stay hashable; the items before the first are done."""
+    out = list(done.items())
     key: Any = None
     try:
-        for key, item in value.items():
-            plain = _plain(key, seen, depth)
-            if isinstance(plain, dict | list):
-                raise Unfit(f"has a key of {type(key)!r}, which would come back as a {type(plain).__name__}")
-            out.append((plain, _plain(item, seen, depth)))
+        for key, item in rest:
+            out.append((_hashable(key, seen, depth), _plain(item, seen, depth)))
     except Unfit as e:
         e.path.append(f"[{key!r:.60}]")
         raise
@@ -263,9 +301,29 @@ def _set(value: set[Any], seen: _Seen, depth: int) -> Ext:
     return Ext(_SET, _members(value, seen, depth))
 
 
-def _members(value: Iterable[Any], seen: _Seen, depth: int) -> bytes:
+def _members(value: Collection[Any], seen: _Seen, depth: int) -> bytes:
     # Sorted by their bytes, so that equal sets have equal bytes whatever the hash seed.
-    return _encode([msgspec.Raw(b) for b in sorted(map(_encode, _items(value, seen, depth)))])
+    return _encode([msgspec.Raw(b) for b in sorted(map(_encode, _items(value, seen, depth, _hashable)))])
+
+
+def _tuple(value: tuple[Any, ...], seen: _Seen, depth: int) -> Ext:
+    return Ext(_TUPLE, _encode(_items(value, seen, depth)))
+
+
+def _hashable(value: Any, seen: _Seen, depth: int) -> Any:
+    """As `_plain`, for a key or a member of a set: it must come back as something that hashes."""
+    cls: Any = type(value)
+    if isinstance(value, Enum) and cls not in by_class:
+        return _hashable(value.value, {}, depth)
+    if isinstance(value, tuple) and _writer_of(cls, len(by_class)) is _tuple:
+        return Ext(_TUPLE, _encode(_items(value, seen, depth, _hashable)))
+    plain = _plain(value, seen, depth)
+    if isinstance(plain, dict | list):
+        raise Unfit(
+            f"{value!r:.100} of {cls!r} would come back as a {type(plain).__name__}, which can be no key and no member of "
+            f"a set"
+        )
+    return plain
 
 
 def _datetime(value: datetime, _: _Seen, __: int) -> Ext:
@@ -274,6 +332,17 @@ def _datetime(value: datetime, _: _Seen, __: int) -> Ext:
     if key is None and not value.fold:
         return Ext(_DATETIME, value.isoformat().encode())
     return Ext(_ZONED, _encode([(value if key is None else value.replace(tzinfo=None)).isoformat(), key, value.fold]))
+
+
+def _time(value: time, _: _Seen, __: int) -> Ext:
+    zone = value.tzinfo
+    key = zone.key if isinstance(zone, ZoneInfo) else None
+    if key is None and zone is not None and value.utcoffset() is None:
+        raise Unfit(f"{value!r:.100} has a zone without a name, whose offset depends on the date")
+    if key is None and not value.fold:
+        return Ext(_TIME, value.isoformat().encode())
+    text = (value if key is None else value.replace(tzinfo=None)).isoformat()
+    return Ext(_ZONED_TIME, _encode([text, key, value.fold]))
 
 
 def _path(value: PurePath, _: _Seen, __: int) -> Ext:
@@ -374,6 +443,8 @@ def _fields(pairs: Iterable[tuple[str, str]], value: Any, seen: _Seen, depth: in
     except Unfit as e:
         e.path.append(f".{attribute}")
         raise
+    if type(seen) is Limit:
+        seen.weigh(out.values())
     return out
 
 
@@ -388,7 +459,7 @@ def _struct(pairs: Iterable[tuple[str, str]], value: msgspec.Struct, seen: _Seen
 def _exception(value: BaseException, _: _Seen, __: int) -> Ext:
     from durably import failures  # which in turn writes what exceptions hold
 
-    return Ext(_EXCEPTION, _encode(failures.tell(value)))
+    return Ext(_EXCEPTION, _encode(failures.as_value(value)))
 
 
 def _instance(entry: Entry, value: Any, seen: _Seen, depth: int) -> Ext:
@@ -428,12 +499,12 @@ def _text(code: int, text: Callable[[Any], str]) -> _Writer:
 _EXACT: dict[type, _Writer] = {
     list: _list,
     dict: _mapping,
-    tuple: lambda value, seen, depth: Ext(_TUPLE, _encode(_items(value, seen, depth))),
+    tuple: _tuple,
     set: _set,
     frozenset: lambda value, seen, depth: Ext(_FROZENSET, _members(value, seen, depth)),
     datetime: _datetime,
     date: _text(_DATE, date.isoformat),
-    time: _text(_TIME, time.isoformat),
+    time: _time,
     timedelta: lambda value, _, __: Ext(_TIMEDELTA, _encode([value.days, value.seconds, value.microseconds])),
     Decimal: _text(_DECIMAL, str),
     UUID: lambda value, _, __: Ext(_UUID, value.bytes),
@@ -453,10 +524,18 @@ _BASES: tuple[tuple[type, _Writer], ...] = (  # a datetime is a date: the order 
 def _read_zoned(data: memoryview) -> datetime:
     text, key, fold = read(data)
     value = datetime.fromisoformat(text).replace(fold=fold)
-    if key is None:
-        return value
+    return value if key is None else value.replace(tzinfo=_zone(key))
+
+
+def _read_zoned_time(data: memoryview) -> time:
+    text, key, fold = read(data)
+    value = time.fromisoformat(text).replace(fold=fold)
+    return value if key is None else value.replace(tzinfo=_zone(key))
+
+
+def _zone(key: str) -> ZoneInfo:
     try:
-        return value.replace(tzinfo=ZoneInfo(key))
+        return ZoneInfo(key)
     except ZoneInfoNotFoundError as e:
         raise SerializationError(
             f"time zone {key!r} is unknown here: install the system's time zones, or the package tzdata"
@@ -517,6 +596,7 @@ _READERS: dict[int, Callable[[memoryview], Any]] = {
     _EXCEPTION: _read_exception,
     _PATH: _read_path,
     _ZONED: _read_zoned,
+    _ZONED_TIME: _read_zoned_time,
 }
 
 

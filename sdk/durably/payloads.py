@@ -101,7 +101,7 @@ def dump_result(fn: Callable[..., Any], value: Any, what: str) -> Payload:
     except Exception as e:  # the methods of the user's classes may raise anything
         raise payload_types.refusal(e, what) from _cause(e)
     hint = signature_of(fn).result
-    if hint is not Any and not (hint in _COME_BACK and type(value) is hint):
+    if hint is not Any and not (type(value) is hint and hint in _COME_BACK):  # what is Annotated may not hash
         convert(_read(plain)[0], hint, textual=False, what=what)
     return encode(plain)
 

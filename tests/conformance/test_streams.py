@@ -11,13 +11,17 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import confluent_kafka
 import harness
 import pytest
-from durably import RunFailedError, get_step_metadata, get_writable, sleep, step, workflow
+from durably import RunFailedError, get_step_metadata, get_writable, payloads, sleep, step, workflow
 from durably.broker.port import TP, Message
 from durably.client import AsyncClient
+from durably.client.starting import StartOptions
 from durably.client.stream import StreamInfo
+from durably.client.tail import follow_events
 from durably.streams import Readable, Writable
+from durably_schemas import Codec
 from durably_schemas.catalogue import partition_for
 from durably_schemas.records import StreamChunk
 
@@ -351,6 +355,36 @@ def test_what_another_worker_writes_again_comes_again_and_nothing_is_lost(system
     assert seen == [*range(begun), *range(60)]
     assert 10 <= begun < 60
     assert len({c.writer for c in chunks_of(system, run.id) if c.kind == "DATA"}) == 2
+
+
+@pytest.mark.kafka
+def test_a_run_is_read_from_its_beginning_whatever_the_clock_of_its_client_says(kafka, namespace, tmp_path):
+    system = harness.System(f"kafka://{kafka}", namespace, tmp_path)
+    try:
+        system.start_processor()
+        system.start_worker()
+        command = (
+            StartOptions(run_id="fast").named().command(writes_to_the_end.name, payloads.dump([[5, 0], {}], "input"))
+        )
+        sent_at = time.time()
+        producer = confluent_kafka.Producer({"bootstrap.servers": kafka})
+        producer.produce(
+            system.catalogue.commands,
+            Codec().encode(command),
+            b"fast",
+            partition_for(b"fast", harness.PARTITIONS),
+            timestamp=round((sent_at + 60) * 1000),
+        )
+        assert producer.flush(30) == 0
+        run = system.client.get_run("fast")
+        assert [i for _, i in run.stream()] == list(range(5))
+        harness.until(lambda: run.status() == "completed")
+        assert [i for _, i in run.stream()] == list(range(5))
+        assert abs(run.describe().created_at / 1000 - sent_at) < 30
+        followed = [e.seq for events in follow_events(system.client._connection, "fast") for e in events]
+        assert followed == list(range(1, len(followed) + 1))
+    finally:
+        system.close()
 
 
 GUIDE = Path(__file__).parents[2] / "docs" / "streams.md"

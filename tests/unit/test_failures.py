@@ -5,9 +5,12 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 import types
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Self
+from enum import Enum
+from typing import Any, Self
 
 import msgspec
 import pydantic
@@ -21,7 +24,7 @@ from durably.errors import (
     RunNotFoundError,
     StepError,
 )
-from durably.failures import CAUSES, DATA, MEMBERS, TRACEBACK, to_error, to_exception
+from durably.failures import CAUSES, DATA, HELD_DEEP, MEMBERS, MESSAGE, TRACEBACK, to_error, to_exception
 from durably.serialization import serializable
 from durably_schemas.records import Error, Payload
 from hypothesis import given
@@ -369,3 +372,236 @@ def test_sizes_are_bounded():
     assert len(error.message) <= TRACEBACK
     assert len(error.traceback) <= TRACEBACK + 10
     assert error.data is None
+
+
+class Wrapped(Exception):
+    def __init__(self, message: str, orig: BaseException) -> None:
+        super().__init__(message, orig)
+        self.orig = orig
+
+
+class Holder(Exception):
+    pass
+
+
+def wrapped(levels: int) -> BaseException:
+    exc: BaseException = ValueError("core")
+    for _ in range(levels):
+        exc = raised(Wrapped("w", exc), exc)
+    return exc
+
+
+def ring(n: int) -> BaseException:
+    """Exceptions each of which holds all of them, in two ways, and is caused by another."""
+    ones = [Holder(str(i)) for i in range(n)]
+    for i, one in enumerate(ones):
+        one.all, one.more, one.__cause__ = list(ones), tuple(ones), ones[(i + 1) % n]
+    return ones[0]
+
+
+def grouped(depth: int, width: int) -> BaseException:
+    exc: Exception = ValueError("x" * 300)
+    for _ in range(depth):
+        exc = raised(ExceptionGroup("g" * 300, [exc] * width))
+    return exc
+
+
+def with_many(make: Callable[[int], Any], n: int) -> BaseException:
+    exc = Holder("many")
+    for i in range(n):
+        setattr(exc, f"a{i}", make(i))
+    return exc
+
+
+def doubled(levels: int) -> Any:
+    value: Any = ()
+    for _ in range(levels):
+        value = (value, value)
+    return value
+
+
+def by_enum() -> BaseException:
+    members = Enum("Members", {"ONE": Holder("member")})
+    members.ONE.value.first = members.ONE.value.second = members.ONE
+    return with_many(lambda _: members.ONE, 2)
+
+
+def noted(note: str, n: int) -> BaseException:
+    exc = raised(ValueError("noted"))
+    exc.__notes__ = [note] * n
+    return exc
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: wrapped(60),
+        lambda: ring(2),
+        lambda: ring(60),
+        lambda: grouped(2, 64),
+        lambda: grouped(9, 64),
+        lambda: with_many(lambda _: doubled(100), 1),
+        lambda: with_many(lambda i: [i] * 1000, 20_000),
+        lambda: with_many(lambda _: ["x" * 100_000] * 100_000, 5),
+        lambda: with_many(lambda i: Holder("y" * 900 + str(i)), 500),
+        by_enum,
+        lambda: noted("n" * 100, 100_000),
+        lambda: raised(ValueError("😀" * 50_000 + "\ud800" * 9)),
+        lambda: type("T" * 100_000, (Exception,), {})("long name"),
+    ],
+)
+def test_whatever_an_exception_holds_its_record_is_small_and_soon_made(make):
+    exc = make()
+    before = time.perf_counter()
+    error = to_error(exc)
+    assert time.perf_counter() - before < 2, "some of these would go on for ever, and none may hold up a worker"
+    assert len(msgspec.msgpack.encode(error)) < 128 * 1024
+    assert isinstance(to_exception(error), Exception)
+
+
+trees = st.recursive(
+    st.builds(ValueError, st.text(max_size=300), st.binary(max_size=3000)),
+    lambda inner: (
+        st.builds(ExceptionGroup, st.text(max_size=300), st.lists(inner, min_size=1, max_size=70))
+        | st.builds(lambda e, c: raised(Wrapped("w", e), c), inner, inner)
+        | st.builds(lambda e, f: with_many(lambda i: (e, f, i), 3), inner, inner)
+    ),
+    max_leaves=150,
+)
+
+
+@given(trees)
+def test_the_record_of_any_exception_is_bounded(exc):
+    error = to_error(raised(exc))
+    assert len(msgspec.msgpack.encode(error)) < MESSAGE + TRACEBACK + DATA + 4096
+    assert isinstance(to_exception(error), Exception)
+
+
+def test_exceptions_within_exceptions_come_back_some_levels_deep():
+    back = to_exception(to_error(wrapped(2)))
+    assert (type(back), type(back.orig), type(back.orig.orig)) == (Wrapped, Wrapped, ValueError)
+    assert type(back.args[1].args[1]) is ValueError
+    assert back.__notes__[0].startswith("Recorded where it was raised")
+    assert not hasattr(back.orig, "__notes__"), "only what was raised says where"
+    deep = to_exception(to_error(wrapped(20)))
+    for _ in range(HELD_DEEP - 1):
+        deep = deep.orig
+    assert not hasattr(deep.orig, "orig")
+
+
+def test_an_exception_that_leads_back_to_itself_loses_only_the_way_back():
+    outer, inner = Holder("outer"), Holder("inner")
+    outer.context, inner.parent, inner.code = [inner], outer, 5
+    back = to_exception(to_error(outer))
+    assert (back.context[0].code, hasattr(back.context[0], "parent")) == (5, False)
+
+
+def test_the_first_members_of_a_group_leave_room_for_the_others():
+    back = to_exception(to_error(ExceptionGroup("g", [ValueError("m" * 9000, i) for i in range(MEMBERS)])))
+    assert len(back.exceptions) == MEMBERS
+    nested = to_exception(to_error(grouped(2, MEMBERS)))
+    assert any("more of its exceptions are not recorded" in note for note in nested.__notes__)
+
+
+class OddArgs(Exception):
+    args = 5
+
+
+class OddNotes(Exception):
+    @property
+    def __notes__(self) -> list[str]:
+        raise ValueError("no notes")
+
+
+class OddAccess(Exception):
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class OddCause(Exception):
+    __cause__ = 5
+    __context__ = property(lambda self: 1 / 0)
+    __reduce__ = None
+
+
+class OddGroup(ExceptionGroup):
+    exceptions = 5
+    message = property(lambda self: 1 / 0)
+
+
+@pytest.mark.parametrize("cls", [OddArgs, OddNotes, OddAccess, OddCause])
+def test_a_class_that_is_odd_about_itself_is_recorded_all_the_same(cls):
+    error = to_error(raised(cls("what it says")))
+    assert (error.type, error.message) == (f"{__name__}:{cls.__qualname__}", "what it says")
+    assert isinstance(to_exception(error), cls)
+
+
+def test_a_group_that_is_odd_about_itself_is_recorded_all_the_same():
+    error = to_error(raised(OddGroup("what it says", [KeyError(1)])))
+    assert error.type == f"{__name__}:OddGroup"
+    assert isinstance(to_exception(error), ExceptionGroup)
+
+
+def test_a_class_without_a_proper_module_is_recorded_all_the_same():
+    class Unformattable:
+        def __format__(self, spec: str) -> str:
+            raise RuntimeError
+
+    error = to_error(type("NoModule", (Exception,), {"__module__": Unformattable()})("m"))
+    assert "class" in error.type
+    assert error.message == "m"
+
+
+def test_reading_a_record_runs_no_code_that_its_type_names():
+    asked = []
+
+    class Lazy:
+        def __getattr__(self, name: str) -> Any:
+            asked.append(name)
+            raise AttributeError(name)
+
+        @property
+        def __class__(self) -> type:
+            asked.append("__class__")
+            return type
+
+    class LazyModule(types.ModuleType):
+        def __getattribute__(self, name: str) -> Any:
+            asked.append(name)
+            raise AttributeError(name)
+
+    plain, loading = types.ModuleType("durably_test_conf"), LazyModule("durably_test_loading")
+    plain.settings = Lazy()
+    plain.__getattr__ = asked.append
+    sys.modules |= {"durably_test_conf": plain, "durably_test_loading": loading, "durably_test_proxy": Lazy()}
+    try:
+        for name in ("conf:settings", "conf:settings.DEBUG", "conf:absent", "loading:Error", "proxy:Error"):
+            assert type(to_exception(Error(type=f"durably_test_{name}", message="m"))) is StepError
+    finally:
+        for name in ("conf", "loading", "proxy"):
+            del sys.modules[f"durably_test_{name}"]
+    assert asked == []
+
+
+class Outer:
+    class Inner(Exception):
+        pass
+
+
+def test_a_nested_class_comes_back():
+    assert type(to_exception(to_error(Outer.Inner("m")))) is Outer.Inner
+
+
+@pytest.mark.parametrize("name", ["__notes__", "__cause__", "__class__", "__dict__"])
+def test_attributes_of_pythons_own_are_not_set_by_a_record(name):
+    told = failures.Told(args=b"\x91\xa1m", attributes={name: b"\x01", "code": b"\x05"}, notes=["a"])
+    data = Payload(content_type="application/msgpack", data=msgspec.msgpack.encode(told))
+    back = to_exception(Error(type="ValueError", message="m", data=data))
+    assert (type(back), back.code, back.__notes__, back.__cause__) == (ValueError, 5, ["a"], None)
+
+
+def test_a_note_that_cannot_be_added_is_left_out():
+    exc = ValueError("m")
+    exc.__notes__ = 5
+    failures.add_note(exc, "note")
+    assert exc.__notes__ == 5

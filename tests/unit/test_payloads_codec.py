@@ -146,6 +146,37 @@ def test_what_was_altered_is_refused(at):
         load(msgspec.structs.replace(payload, data=bytes(data)))
 
 
+def test_what_could_not_be_decompressed_is_not_compressed():
+    payload_codec.install(Gzip())
+    assert len(load(dump(bytes(LARGEST - 10), "it"))) == LARGEST - 10
+    with pytest.raises(
+        SerializationError, match=r"'gzip' cannot encode: 16,777,\d+ bytes are more than the 16,777,216"
+    ):
+        dump(bytes(LARGEST), "it")
+
+
+@pytest.mark.parametrize(
+    ("content_type", "altered"),
+    [
+        (JSON, MSGPACK),
+        (f"{MSGPACK};v=1", MSGPACK),
+        (MSGPACK, f"{MSGPACK};codec=gzip"),
+        (f"{MSGPACK};codec=gzip", MSGPACK),
+    ],
+)
+def test_encrypted_data_are_not_passed_off_as_data_of_another_type(content_type, altered):
+    payload_codec.install(Gzip(), aes())
+    plain = Payload(
+        content_type=content_type.partition(";codec")[0], data=b"a" * (2000 if "gzip" in content_type else 9)
+    )
+    payload = payload_codec.active.encode(plain)
+    assert payload_codec.decode(payload) == plain
+    as_other = altered + (",aes-gcm" if "codec=" in altered else ";codec=aes-gcm")
+    assert as_other != payload.content_type
+    with pytest.raises(SerializationError, match="altered since, they or their content type"):
+        payload_codec.decode(Payload(content_type=as_other, data=payload.data))
+
+
 @pytest.mark.parametrize("codec", ["gzip", "aes-gcm", "gzip,aes-gcm", "", "x,gzip", "aes-gcm,aes-gcm"])
 @given(data=st.binary(max_size=80))
 def test_bytes_from_anywhere_are_refused(codec, data):
@@ -159,7 +190,7 @@ def test_a_cut_off_or_endless_compression_is_refused():
     payload_codec.install()
     data = zlib.compress(bytes(LARGEST + 1), wbits=31)
     for bad in (data, data[:-10], zlib.compress(b"a", wbits=31) + b"more"):
-        with pytest.raises(SerializationError, match=r"cut off, followed by others, or larger than 67,108,864 bytes"):
+        with pytest.raises(SerializationError, match=r"cut off, followed by others, or larger than 16,777,216 bytes"):
             load(Payload(content_type=f"{MSGPACK};codec=gzip", data=bad))
 
 

@@ -6,8 +6,10 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from itertools import islice
 from typing import Any
 
+import msgspec
 import pytest
 from durably import chunks, payload_codec, payloads
 from durably.authoring import workflow
@@ -15,7 +17,15 @@ from durably.broker.port import TP, Message
 from durably.chunks import OCTETS, PIECE
 from durably.client import AsyncClient, AsyncRun, Client, Run, connection, feeds, stream
 from durably.client.stream import ChunkOrder, StreamInfo, StreamReader
-from durably.errors import BrokerError, BrokerUnreachable, DurablyError, RunNotFoundError, UnknownTopic
+from durably.client.tail import follow_events
+from durably.errors import (
+    BrokerError,
+    BrokerUnreachable,
+    DurablyError,
+    RunNotFoundError,
+    SerializationError,
+    UnknownTopic,
+)
 from durably.runtime import StepContext, step_context
 from durably.streams import Readable, Writable, bound_run, bound_to, checked_namespace, get_writable
 from durably.worker import writers as writers_module
@@ -23,7 +33,8 @@ from durably.worker.clock import SystemClock
 from durably.worker.writers import UNACKNOWLEDGED_BYTES, StepWriters, StreamTopic, drain, drain_sync
 from durably_schemas import Catalogue, Codec
 from durably_schemas.catalogue import partition_for
-from durably_schemas.records import Payload, StartRun, StreamChunk
+from durably_schemas.events import RunStarted, StepCompleted
+from durably_schemas.records import Payload, StartRun, StreamChunk, StreamWritten
 from fake_broker import FakeBroker
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -287,6 +298,64 @@ def test_a_plain_function_may_write_from_an_event_loop_of_its_own(log: FakeBroke
         assert [chunk.n for chunk in written(log, name)] == list(range(1, writers_module.UNACKNOWLEDGED + 1))
 
 
+def test_an_event_loop_that_ends_while_it_waits_is_not_kept(
+    log: FakeBroker, writers: StepWriters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.muted = True
+    monkeypatch.setattr(writers_module, "ROUND", 60)
+
+    async def cut_off() -> None:
+        await get_writable().write("x")
+        async with asyncio.timeout(0):
+            await get_writable().flush()
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(cut_off())
+    assert not writers._topic.acknowledgements._rounds
+    log.muted = False
+    monkeypatch.setattr(writers_module, "ROUND", 0.001)
+    asyncio.run(get_writable().flush())
+    assert writers.settled()
+
+
+def test_nothing_is_written_once_an_execution_is_over_however_soon_before(
+    log: FakeBroker, writers: StepWriters
+) -> None:
+    sending, go_on, refused = threading.Event(), threading.Event(), []
+    encode = CODEC.encode
+
+    class Slow:
+        def encode(self, record: Any) -> bytes:
+            sending.set()
+            go_on.wait(5)
+            return encode(record)
+
+    writers._topic.codec = Slow()  # type: ignore[assignment]
+
+    def write_twice() -> None:
+        get_writable().write_sync("in time")
+        try:
+            get_writable().write_sync("late")
+        except DurablyError as e:
+            refused.append(str(e))
+
+    writing = threading.Thread(target=_in_context(write_twice))
+    writing.start()
+    sending.wait(5)
+    shutting = threading.Thread(target=writers.shut)
+    shutting.start()
+    shutting.join(0.05)
+    assert shutting.is_alive()  # the chunk that is on its way is of this execution yet
+    go_on.set()
+    for thread in (shutting, writing):
+        thread.join(5)
+        assert not thread.is_alive()
+    kept = [chunk.n for chunk in written(log)]
+    assert kept in ([1], [1, 2])  # the second may have come before the end
+    assert len(kept) + len(refused) == 2
+    assert all("is over, and nothing can be written behind its result" in reason for reason in refused)
+
+
 def _in_context(run: Any) -> Any:
     from contextvars import copy_context
 
@@ -433,7 +502,8 @@ def test_a_reader_that_breaks_is_replaced_without_loss_or_repetition(
     processor = ScriptedProcessor(broker)
     processor.start("a")
     order, expected = ChunkOrder("default"), []
-    for i, (writer, n) in enumerate(written):
+    begun = [pair for pair in (("a", 1), ("b", 1)) if any(writer == pair[0] for writer, _ in written)]
+    for i, (writer, n) in enumerate([*begun, *written]):
         processor.chunk("a", "default", n, i, writer=writer)
         record = StreamChunk(
             run_id="a", namespace="default", writer=writer, n=n, kind="DATA", at=0, payload=payloads.dump(i, "i")
@@ -484,6 +554,91 @@ def test_a_reader_that_retention_has_overtaken_raises_instead_of_renumbering(
     with pytest.raises(DurablyError, match=r"deleted before they were read for run a: 10 was the next, and 20 is now"):
         reader.next_batch()
     reader.close()
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_a_writer_whose_first_chunks_are_not_there_is_an_error_and_no_renumbering(
+    end: bool, processor: ScriptedProcessor, client: Client
+) -> None:
+    run = client.start(consume, "x")
+    processor.chunk(run.id, "default", 1, "a")
+    processor.chunk(run.id, "log", 9, "another stream", writer="w2")
+    processor.chunk(run.id, "default", 3, "c", writer="w2", end=end)
+    processor.complete(run.id, None)
+    gone = r"'default' of run .* is gone: of what w2 has written, the first .* is number 3; raise .*LogAppendTime"
+    with pytest.raises(DurablyError, match=gone):
+        list(run.stream())
+    with pytest.raises(DurablyError, match=gone):
+        run.stream_info()
+
+
+def test_a_search_by_time_that_was_misled_past_all_chunks_is_told(
+    broker: ScriptedBroker, processor: ScriptedProcessor, client: Client
+) -> None:
+    processor.start("a")
+    for n in (1, 2):
+        processor.chunk("a", "default", n, n)
+    partition = partition_for(b"a", 3)
+    tp = TP(CATALOGUE.streams, partition)
+    broker.logs[tp] = [m._replace(timestamp=m.timestamp - 30_000) for m in broker.logs[tp]]
+    written = StreamWritten(namespace="default", writer="w", partition=partition, first_offset=0, chunks=2)
+    done = StepCompleted(attempt=1, result=payloads.dump(None, "result"), streams=(written,))
+    processor.event("a", done, "step_1")
+    processor.complete("a", None)
+    gone = r"is gone: it was at offset 0 of durably.streams, which is read from 2 on; raise"
+    with pytest.raises(DurablyError, match=gone):
+        list(client.get_run("a").stream())
+    with pytest.raises(DurablyError, match=gone):
+        client.get_run("a").stream_info()
+    assert list(client.get_run("a").stream("log")) == []
+
+
+def test_a_chunk_that_cannot_be_read_is_raised_when_it_is_its_turn(
+    broker: ScriptedBroker, processor: ScriptedProcessor, client: Client
+) -> None:
+    run = client.start(consume, "x")
+    for n in range(6):
+        processor.chunk(run.id, "default", n, n)
+    log = broker.logs[TP(CATALOGUE.streams, partition_for(run.id.encode(), 3))]
+    broken = Payload(content_type="application/msgpack", data=b"\xc1")
+    chunk = CODEC.decode_as(StreamChunk, log[3].value)
+    log[3] = log[3]._replace(value=CODEC.encode(msgspec.structs.replace(chunk, payload=broken)))
+    processor.complete(run.id, None)
+
+    async def go() -> None:
+        async with AsyncClient(broker, timeout=5) as tasks:
+            values = tasks.get_run(run.id).stream()
+            assert [await anext(values) for _ in range(3)] == [0, 1, 2]
+            with pytest.raises(SerializationError):
+                await anext(values)
+
+    asyncio.run(go())
+    for start, before in ((0, [0, 1, 2]), (-4, [2]), (3, [])):
+        values = run.stream(start_index=start)
+        assert [next(values) for _ in before] == before
+        with pytest.raises(SerializationError) as caught:
+            next(values)
+        assert "chunk 3 of 'default': start_index=4 begins behind it" in caught.value.__notes__[-1]
+    assert list(run.stream(start_index=4)) == [4, 5]
+
+
+@pytest.mark.parametrize("lost", [0, 3])
+def test_the_log_of_a_run_is_followed_from_its_beginning_whatever_the_clocks_said(
+    lost: int, broker: ScriptedBroker, processor: ScriptedProcessor, client: Client
+) -> None:
+    tp = TP(CATALOGUE.events, partition_for(b"a", 3))
+    for run_id in [f"other-{i}" for i in range(9)]:  # some lie before it in its partition
+        processor.start(run_id)
+    processor.start("a")
+    for _ in range(3):
+        processor.event("a", RunStarted())
+    processor.complete("a", None)
+    before = len(broker.logs[tp])
+    broker.logs[tp] = [
+        m._replace(timestamp=m.timestamp - 30_000 * (i < before - lost)) for i, m in enumerate(broker.logs[tp])
+    ]
+    followed = [event for events in islice(follow_events(client._connection, "a"), 9) for event in events]
+    assert [event.seq for event in followed] == [1, 2, 3, 4, 5]
 
 
 def _chunk(n: int) -> bytes:
@@ -689,7 +844,30 @@ def test_an_iterator_is_drawn_no_further_when_its_run_has_ended(
         assert time.monotonic() - begun < 1
 
     asyncio.run(go())
-    assert sorted(closed) == ["task", "thread"]
+    until(lambda: sorted(closed) == ["task", "thread"])
+
+
+def test_closing_a_client_does_not_wait_for_an_iterator_whose_stream_is_over(
+    broker: ScriptedBroker, processor: ScriptedProcessor
+) -> None:
+    ever = threading.Event()
+
+    def blocks() -> Iterator[int]:
+        yield 1
+        ever.wait(10)
+        yield 2
+
+    with Client(broker, timeout=5) as client:
+        run = client.start(consume, "x", blocks())
+        (_, handle), _ = handles(broker)
+        until(lambda: chunks_of(broker, handle))
+        processor.complete(run.id, None)
+        run.result(timeout=5)
+        until(lambda: not client._feeds._live)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 2
+    ever.set()
+    assert [chunk.kind for chunk in chunks_of(broker, handle)] == ["DATA", "END"]
 
 
 def test_an_iterator_of_what_cannot_travel_ends_its_stream_with_the_reason(

@@ -12,7 +12,7 @@ import worker_scene
 from durably import payloads, runtime
 from durably.authoring import step
 from durably.broker.port import TP, Message
-from durably.errors import BrokerError, FatalError, RetryableError, StepTimeoutError
+from durably.errors import BrokerError, DurablyError, FatalError, RetryableError, StepTimeoutError
 from durably.failures import to_exception
 from durably.streams import Readable, Writable, get_writable
 from durably.worker import Worker
@@ -21,10 +21,12 @@ from durably.worker.claims import Claims
 from durably.worker.leases import Leases
 from durably.worker.replies import Replies
 from durably.worker.salvage import salvaged
+from durably.worker.steps import Steps
 from durably.worker.tracker import Tracker
 from durably.worker.writers import UNACKNOWLEDGED
 from durably_schemas.records import (
     DeadLetter,
+    Error,
     Payload,
     StepClaim,
     StepFailed,
@@ -113,6 +115,7 @@ class Odd(BaseException):
         (RetryableError("x", retry_after="2s"), False, 2000),
         (RetryableError("x"), False, None),
         (RetryableError("x", retry_after=-1), False, None),
+        (RetryableError("x", retry_after=10**400), False, None),
         (ExceptionGroup("g", [ValueError("x"), FatalError("y")]), True, None),
         (BaseExceptionGroup("g", [Odd("x")]), False, None),
         (KeyboardInterrupt(), False, None),
@@ -179,6 +182,35 @@ def test_a_result_that_is_not_what_the_function_says_fails_for_good(broker, star
         assert found[step_id].error.type == "durably.errors:SerializationError"
         assert f"the result of step {name}" in found[step_id].error.message
     assert payloads.load(found["s3"].result) == (1, 2)
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda *_: StepFailed(error=Error(type="x", message="y"), retry_after=1 << 70), "does not fit its record"),
+        (lambda *_: 1 / 0, "failed cannot be told: ZeroDivisionError"),
+    ],
+)
+def test_a_failure_that_fits_no_record_is_reported_as_one_that_does(
+    broker, start, monkeypatch, made, message, is_async
+):
+    def fail():
+        raise ValueError
+
+    async def fail_async():
+        raise ValueError
+
+    failing = step(name="failing")(fail_async if is_async else fail)
+    fine = step(name="fine")(lambda: 1)
+    monkeypatch.setattr("durably.worker.execution.failed", made)
+    start(concurrency=1)
+    ask_for(broker, request(failing), request(fine, step_id="s2"))
+    found = {r.step_id: r.outcome for r in results(broker, 2)}
+    assert found["s1"].fatal
+    assert message in found["s1"].error.message
+    assert isinstance(found["s2"], StepSucceeded)
+    until(lambda: committed(broker) == 2)
 
 
 def test_the_context_reaches_threads_and_nested_calls(broker, start):
@@ -316,6 +348,17 @@ def test_a_worker_that_can_run_nothing_says_so(broker, registry, caplog):
     assert not told("default", "gpu")
 
 
+def test_a_worker_says_so_only_when_nothing_was_registered_after_a_while(broker, start, monkeypatch, caplog):
+    monkeypatch.setattr("durably.worker.worker.SETTLED", 0.05)
+    start()
+    until(lambda: "no step is registered" in caplog.text)
+    caplog.clear()
+    start()
+    step(name="late")(lambda: 1)
+    time.sleep(0.15)
+    assert "no step is registered" not in caplog.text
+
+
 def test_a_result_that_was_not_acknowledged_holds_its_offset_and_is_sent_again(broker, start):
     fine = step(name="fine")(lambda: 1)
     start(heartbeat_every=0.02)
@@ -354,6 +397,50 @@ def test_a_request_older_than_the_assignment_is_asked_about_and_run_only_when_op
     writers = {r.step_id: r.streams[0].writer for r in found}
     assert writers == {"s0": "s0/1/7", "s3": "s3/1/7", "s9": "s9/1/1"}
     until(lambda: committed(broker) == 5)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_an_answer_that_comes_while_its_partition_goes_is_left_to_the_next_owner(
+    broker, start, registry, monkeypatch, leaves
+):
+    ran, answered, go_on, told = [], threading.Event(), threading.Event(), threading.Event()
+    work = step(name="work")(lambda: ran.append(1))
+    tell = Steps.answered
+
+    def late(self, *args):
+        answered.set()
+        go_on.wait(5)
+        tell(self, *args)
+        told.set()
+
+    monkeypatch.setattr(Steps, "answered", late)
+    ask_for(broker, request(work), partition=1)
+    first = Worker(broker, CATALOGUE, registry, concurrency=1)
+    (intake,) = first._intakes
+    flush = intake._producer.flush
+
+    def slow_flush(timeout):  # the partition is being given up, and its mark not yet committed
+        go_on.set()
+        told.wait(5)
+        return flush(timeout)
+
+    first.start()
+    until(lambda: sent(broker, StepClaim))
+    monkeypatch.setattr(intake._producer, "flush", slow_flush)
+    answer(broker, sent(broker, StepClaim)[0], "OPEN", 2)
+    assert answered.wait(5)
+    if leaves:
+        first.stop(0)
+    start()
+    until(lambda: len(sent(broker, StepClaim)) == 2)
+    assert told.is_set()
+    assert ran == []
+    assert intake._capacity.free == 1
+    answer(broker, sent(broker, StepClaim)[1], "OPEN", 2)
+    results(broker, 1)
+    assert ran == [1]
+    first.stop(1)
+    first.join()
 
 
 class Ticks:
@@ -545,6 +632,34 @@ def test_what_outlives_the_drain_is_left_to_others_and_its_lease_ended(broker, r
     assert beats[-1].lease_until <= time.time() * 1000
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_queue_that_is_left_takes_nothing_from_another(broker, start, asked):
+    begun, go = asyncio.Event(), threading.Event()
+    other = CATALOGUE.requests("other")
+    broker.create(CATALOGUE.topics(("other",)))
+
+    @step
+    async def work():
+        begun.set()
+        await asyncio.to_thread(go.wait, 5)
+
+    if asked:
+        broker.append(other, CODEC.encode(request(work)), key=b"k", partition=0)
+    worker = start(queues=("default", "other"))
+    until(lambda: len(broker.groups["durably.worker.other"].owner) == 2)
+    if not asked:
+        broker.append(other, CODEC.encode(request(work)), key=b"k", partition=0)
+    until(lambda: sent(broker, StepClaim) if asked else begun.is_set())
+    worker._intakes[0].drain(time.monotonic())
+    worker._polling[0].join(5)
+    assert not worker._polling[0].is_alive()
+    for claim in sent(broker, StepClaim):
+        answer(broker, claim, "OPEN")
+    until(begun.is_set)
+    go.set()
+    assert isinstance(results(broker, 1)[0].outcome, StepSucceeded)
+
+
 def test_an_error_of_the_broker_stops_the_worker_and_is_told(broker, registry, monkeypatch):
     worker = Worker(broker, CATALOGUE, registry)
     monkeypatch.setattr(broker, "consumer", lambda *a, **k: (_ for _ in ()).throw(BrokerError("no such topic")))
@@ -708,6 +823,49 @@ def test_a_step_that_was_given_up_writes_nothing_more(broker, start):
     until(lambda: errors)
     assert "is over" in errors[0]
     assert not chunks(broker)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("is_async", [True, False])
+def test_what_a_step_leaves_running_writes_nothing_behind_its_result(broker, start, is_async, fails):
+    reported, refused, left = threading.Event(), [], []
+
+    def go_on():
+        reported.wait(5)
+        try:
+            get_writable().write_sync("late")
+        except DurablyError as e:
+            refused.append(str(e))
+
+    async def go_on_async():
+        await asyncio.to_thread(reported.wait, 5)
+        try:
+            await get_writable().write("late")
+        except DurablyError as e:
+            refused.append(str(e))
+
+    @step(name="talk")
+    async def talk():
+        left.append(asyncio.create_task(go_on_async()))
+        await get_writable().write("in time")
+        return 1 // (not fails)
+
+    @step(name="talk_sync")
+    def talk_sync():
+        left.append(threading.Thread(target=contextvars.copy_context().run, args=(go_on,)))
+        left[0].start()
+        get_writable().write_sync("in time")
+        return 1 // (not fails)
+
+    start()
+    ask_for(broker, request(talk if is_async else talk_sync))
+    (result,) = results(broker, 1)
+    reported.set()
+    until(lambda: refused)
+    assert "await what writes before the step returns" in refused[0]
+    assert chunks(broker) == [("default", 1, "DATA", "in time")]
+    assert result.streams[0].chunks == 1
+    assert isinstance(result.outcome, StepFailed if fails else StepSucceeded)
 
 
 def test_what_a_step_yields_goes_to_a_stream_whose_handle_is_its_result(broker, start):

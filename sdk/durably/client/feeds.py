@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, cast
@@ -40,7 +40,7 @@ class Feed:
 
     Attributes:
         handle: the stream.
-        done: settled when the end of the stream is durable, or has failed to be.
+        done: settled when the end of the stream is durable, or has failed to be; the iterator may still hang then.
     """
 
     def __init__(self, connection: Connection, handle: Readable, values: AsyncIterator[Any] | Iterator[Any]) -> None:
@@ -151,6 +151,8 @@ class Feed:
             self._ended = kind == "END"
             self._under_way.append((future, size))
             self._bytes += size
+        if kind == "END":
+            future.add_done_callback(lambda _: self._over())
 
     def _too_much(self) -> Future[None] | None:
         """What to wait for before more is drawn. Raises what kept a chunk from being written."""
@@ -179,9 +181,11 @@ class Feed:
             logger.warning("%r: its readers could not be told that it ends", self.handle, exc_info=True)
 
     def _over(self) -> None:
+        """Settles `done`. Called when the end of the stream is acknowledged, and when its iterator is let go."""
         if self._watch is not None:
             self._watch.cancel()
-        self.done.set_result(None)
+        with suppress(InvalidStateError):
+            self.done.set_result(None)
 
 
 class Feeds:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from durably_schemas.records import TERMINAL, Payload, RunSummary, StreamChunk
 
-from durably import chunks
+from durably import chunks, failures
 from durably.client.exchange import answer, query
 from durably.client.log import read_log, streams_written
 from durably.client.outcome import summary_of
 from durably.client.tail import CLOCK_SKEW_MS, Tail, end_of, partition_of
-from durably.errors import BrokerError, DurablyError, RunNotFoundError, UnknownTopic
+from durably.errors import BrokerError, DurablyError, RunNotFoundError, SerializationError, UnknownTopic
 from durably.streams import bound_to, checked_namespace
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ BATCH_BYTES = 4 * 1024 * 1024  # of payloads that one poll is to bring, as far a
 BATCH = 1_000  # records that it may bring
 REOPEN = 0.05  # seconds before a reader that failed is made anew; doubles with each failure in a row
 LONGEST_REOPEN = 2.0
+_KEEP = "raise the topic's retention.ms, and see that its message.timestamp.type is LogAppendTime"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class ChunkOrder:
 
     A chunk whose n is not above the last one of its writer is a copy, by a producer's or a worker's repetition. The
     first END closes, whether of this stream or, with an empty namespace, of all the run's; what follows is ignored.
+    Each writer counts from 1 (some from 0), so who first appears with more has written what the reader does not see.
 
     Attributes:
         count: how many chunks have counted: the index of the next one.
@@ -69,9 +71,14 @@ class ChunkOrder:
         self._last: dict[str, int] = {}
 
     def accept(self, chunk: StreamChunk) -> Payload | None:
-        """The chunk's payload, where it is the stream's next."""
+        """The chunk's payload, where it is the stream's next. Raises `DurablyError` where earlier ones are missing."""
         if self.ended or chunk.namespace not in (self._namespace, ""):
             return None
+        if chunk.namespace == self._namespace and chunk.n > 1 and chunk.writer not in self._last:
+            raise DurablyError(
+                f"the beginning of stream {self._namespace!r} of run {chunk.run_id} is gone: of what {chunk.writer} has "
+                f"written, the first record that is still there is number {chunk.n}; {_KEEP}"
+            )
         if chunk.kind == "END":
             self.ended = True
             self.error = chunk.payload
@@ -116,6 +123,7 @@ class StreamReader:
         self._skip = max(0, start_index)
         self._held: deque[Payload] = deque(maxlen=max(0, -start_index))
         self._hold_until = -1
+        self._start = 0
         self._known = False
         self._run_over = False
         self._last_offset: int | None = None
@@ -123,15 +131,19 @@ class StreamReader:
         self._limit = BATCH
         self._failures = 0
         self._failing_since = 0.0
+        self._unreadable: Exception | None = None
 
     def next_batch(self) -> list[Any] | None:
         """The next values; empty where none came for a moment; None when the stream has ended.
 
         Raises:
             DurablyError: the beginning of the stream is no longer retained, or the broker stays away.
+            SerializationError: the next value cannot be read; all before it have been returned.
             TimeoutError: no processor answered.
             Exception: what ended the stream, where its writer was an iterator that failed.
         """
+        if self._unreadable is not None:
+            raise self._unreadable
         if self._tail is None:
             self._tail = self._open()
         try:
@@ -141,12 +153,12 @@ class StreamReader:
             return []
         self._failures = 0
         if found is None:
+            self._check_empty()
             self._raise_error()
             return None
         skipped = min(self._skip, len(found))
         self._skip -= skipped
-        with bound_to(self._connection, self._kind):
-            return [chunks.load(payload) for payload in found[skipped:]]
+        return self._loaded(found[skipped:])
 
     def info(self) -> StreamInfo:
         """How far the stream is now. Raises `RunNotFoundError`, and what `next_batch` does."""
@@ -160,6 +172,7 @@ class StreamReader:
                 self._failures = 0
             except BrokerError as e:
                 self._reopen(self._tail, e)
+        self._check_empty()
         return StreamInfo(self._order.count - 1, self._order.ended or self._run_over)
 
     def close(self) -> None:
@@ -188,6 +201,24 @@ class StreamReader:
             found = [*self._held, *found]
             self._held.clear()
         return found
+
+    def _loaded(self, payloads: list[Payload]) -> list[Any]:
+        """The values, up to the first that cannot be read: that is raised when it is its turn."""
+        values: list[Any] = []
+        with bound_to(self._connection, self._kind):
+            for left, payload in zip(range(len(payloads), 0, -1), payloads, strict=True):
+                try:
+                    values.append(chunks.load(payload))
+                except Exception as e:
+                    index = self._order.count - left
+                    failures.add_note(
+                        e, f"it is chunk {index} of {self._namespace!r}: start_index={index + 1} begins behind it"
+                    )
+                    if not values:
+                        raise
+                    self._unreadable = e
+                    break
+        return values
 
     def _finished(self, tail: Tail) -> bool:
         if self._order.ended:
@@ -235,16 +266,37 @@ class StreamReader:
                 self._check_retained(head)
             self._known = True
             self._note(summary)
+        self._start = start
         return Tail(connection, run_id, {self._streams: start, self._runs: runs_end}, whole=self._streams)
 
-    def _check_retained(self, head: int) -> None:
-        """Raises `DurablyError` where the log says that chunks lay below the first offset still there."""
+    def _check_empty(self) -> None:
+        """Raises `DurablyError` where a run that is over wrote the stream, and reading began behind all of it."""
+        if self._order.count == 0 and self._known and self._run_over and self._start > 0:
+            self._check_retained(self._start)
+
+    def _check_retained(self, begin: int) -> None:
+        """Raises `DurablyError` where the log says that chunks lay below the offset at which reading begins."""
         for written in streams_written(read_log(self._connection, self._run_id)):
-            if written.namespace == self._namespace and written.first_offset < head:
+            if written.namespace == self._namespace and written.first_offset < begin:
                 raise DurablyError(
                     f"the beginning of stream {self._namespace!r} of run {self._run_id} is gone: it was at offset "
-                    f"{written.first_offset} of {self._streams}, which now begins at {head}; raise its retention.ms"
+                    f"{written.first_offset} of {self._streams}, which is read from {begin} on; {_KEEP}"
                 )
+
+
+class ShownReader(StreamReader):
+    """As `StreamReader`, for people to look at: a value that cannot be read here comes as its `Payload`."""
+
+    def _loaded(self, payloads: list[Payload]) -> list[Any]:
+        with bound_to(self._connection, self._kind):
+            return [_shown(payload) for payload in payloads]
+
+
+def _shown(payload: Payload) -> Any:
+    try:
+        return chunks.load(payload)
+    except SerializationError:
+        return payload
 
 
 def read(connection: Connection, run_id: str, namespace: str | None, start_index: int, kind: Kind) -> Iterator[Any]:
@@ -277,6 +329,18 @@ async def _read_async(reader: StreamReader) -> AsyncIterator[Any]:
     finally:
         thread.submit(reader.close)
         thread.shutdown(wait=False)
+
+
+def shown(connection: Connection, run_id: str, namespace: str | None, start_index: int, kind: Kind) -> Iterator[Any]:
+    """As `read`, but by a `ShownReader`."""
+    return _read(ShownReader(connection, run_id, namespace, start_index, kind))
+
+
+def shown_async(
+    connection: Connection, run_id: str, namespace: str | None, start_index: int, kind: Kind
+) -> AsyncIterator[Any]:
+    """As `read_async`, but by a `ShownReader`."""
+    return _read_async(ShownReader(connection, run_id, namespace, start_index, kind))
 
 
 def info(connection: Connection, run_id: str, namespace: str | None, kind: Kind) -> StreamInfo:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from durably.client.connection import Connection
 
 CLOCK_SKEW_MS = 10_000
-"""How far the clocks of a run's client and its workers may differ: a search by time begins this much earlier."""
+"""How far the clocks of brokers may differ, which stamp the records: a search by time begins this much earlier."""
 
 _MAY_BE_GONE = 10.0  # seconds that a record of a topic lives at the very least
 _POLL = 0.25  # seconds; a tail is closed by the thread that polls it, between two polls
@@ -142,12 +142,20 @@ def follow_events(connection: Connection, run_id: str) -> Iterator[list[Event]]:
     topic = connection.catalogue.events
     created_at = summary_of(answer(connection, run_id, query(run_id, "SUMMARY")), run_id).created_at
     tp = partition_of(connection, run_id, topic)
+    end = connection.broker.end_offsets([tp])[tp]
     start = connection.broker.offsets_at([tp], created_at - CLOCK_SKEW_MS)[tp]
     tail = Tail(connection, run_id, {topic: start})
     seen = 0
     try:
         while True:
             events = [e for _, e in tail.poll() if isinstance(e, Event) and e.seq > seen]
+            first = events[0].seq if events else seen
+            if seen == 0 and start > 0 and (first > 1 or (first == 0 and tail.position(topic) >= end)):
+                # The topic's time is not the brokers', and the search was misled. This topic keeps everything.
+                tail.close()
+                start = 0
+                tail = Tail(connection, run_id, {topic: connection.broker.start_offsets([tp])[tp]})
+                continue
             if events:
                 seen = events[-1].seq
             yield events

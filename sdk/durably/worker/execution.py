@@ -62,16 +62,15 @@ async def run(attempt: Attempt, services: Services) -> Outcome:
     args, kwargs = _enter(attempt, services)
     timeout = attempt.request.timeout
     assert attempt.writers is not None
-    if timeout is None:
-        value = await _value(attempt, args, kwargs)
-    else:
-        try:
-            async with asyncio.timeout(timeout / 1000) as scope:
-                value = await _value(attempt, args, kwargs)
-        except TimeoutError:
-            if scope.expired():
-                raise timed_out(attempt) from None
-            raise
+    try:
+        async with asyncio.timeout(None if timeout is None else timeout / 1000) as scope:
+            value = await _value(attempt, args, kwargs)
+    except TimeoutError:
+        if scope.expired():
+            raise timed_out(attempt) from None
+        raise
+    finally:
+        attempt.writers.shut()  # what the step has left running must not write behind its result
     outcome = _succeeded(attempt, value)
     if not attempt.writers.settled():
         await attempt.writers.settle()
@@ -83,10 +82,14 @@ def run_sync(attempt: Attempt, services: Services, loop: asyncio.AbstractEventLo
     args, kwargs = _enter(attempt, services)
     assert attempt.step is not None
     assert attempt.writers is not None
-    value = attempt.step.fn(*args, **kwargs)
-    if inspect.iscoroutine(value):  # a plain function around an async one, as decorators make them
-        value = asyncio.run_coroutine_threadsafe(_awaited(attempt, value), loop).result()
-    outcome = _succeeded(attempt, drain_sync(attempt.writers, value, loop))
+    try:
+        value = attempt.step.fn(*args, **kwargs)
+        if inspect.iscoroutine(value):  # a plain function around an async one, as decorators make them
+            value = asyncio.run_coroutine_threadsafe(_awaited(attempt, value), loop).result()
+        value = drain_sync(attempt.writers, value, loop)
+    finally:
+        attempt.writers.shut()  # as above
+    outcome = _succeeded(attempt, value)
     attempt.writers.settle_sync()
     return outcome
 
@@ -136,12 +139,17 @@ def failed(exc: BaseException, clock: Clock) -> StepFailed:
         if isinstance(leaf, RetryableError) and leaf.retry_after is not None:
             try:
                 retry_after = max(retry_after or 0, milliseconds(leaf.retry_after, now=clock.now()))
-            except (TypeError, ValueError) as e:
+            except (TypeError, ValueError, OverflowError) as e:
                 failures.add_note(leaf, f"its retry_after was ignored: {e}")
     error = failures.to_error(exc)
     if isinstance(exc, asyncio.CancelledError) and not error.message:
         error = msgspec.structs.replace(error, message="raised by the step's own code: nobody had cancelled the step")
     return StepFailed(error=error, retry_after=retry_after, fatal=fatal)
+
+
+def untold(why: str) -> StepFailed:
+    """What is reported, for good, of an attempt whose outcome cannot be put into a record."""
+    return StepFailed(error=failures.to_error(SerializationError(why)), fatal=True)
 
 
 def _leaves(exc: BaseException) -> list[BaseException]:

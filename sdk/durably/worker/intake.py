@@ -74,7 +74,7 @@ class Intake:
         self._drain_until: float | None = None
 
     def drain(self, until: float) -> None:
-        """Takes nothing more, and ends `run` when nothing runs, or at ``until``, in monotonic seconds."""
+        """Takes nothing more, and ends `run` when nothing of this queue runs, or at ``until``, in monotonic seconds."""
         self._drain_until = until
 
     def run(self) -> None:
@@ -85,14 +85,14 @@ class Intake:
             while self._drain_until is None:
                 self.turn(consumer)
             self._waiting.clear()  # not released: whoever gets the partition next gets these again
-            self._steps.stop_asking()
-            while self._steps.running() and self._clock.monotonic() < self._drain_until:
+            self._steps.stop_asking(self._topic)
+            while self._steps.running(self._topic) and self._clock.monotonic() < self._drain_until:
                 self._hold(consumer, POLL / 10)
                 self._waiting.clear()
                 self._serve(consumer)
         finally:
             # Also after an error: what is cut off by it must not be taken for the step's own failure.
-            self._steps.abandon()
+            self._steps.abandon(self._topic)
             consumer.close()
 
     def turn(self, consumer: Consumer) -> None:

@@ -72,10 +72,12 @@ class Steps:
         # Taking an attempt out of here decides who reports it: dict.pop is atomic.
         self._running: dict[Attempt, Attempt] = {}
         self._leaving = threading.Lock()  # an answered claim must not begin while its partition goes
+        self._left: set[str] = set()  # the queues' topics of which nothing begins any more
 
-    def running(self) -> list[Attempt]:
-        """What runs just now. May be asked from any thread."""
-        return list(self._running)
+    def running(self, topic: str | None = None) -> list[Attempt]:
+        """What runs just now, of one queue's topic or of all. May be asked from any thread."""
+        running = list(self._running)
+        return running if topic is None else [attempt for attempt in running if attempt.message.topic == topic]
 
     def start(self, attempts: Sequence[Attempt]) -> None:
         """Runs these, or first asks about them where somebody may have run them before."""
@@ -92,12 +94,14 @@ class Steps:
         """The processor has said whether an attempt is to be run, and as which execution."""
         batch: list[Attempt] = []
         with self._leaving:
-            if wanted and not attempt.tracker.revoked:
-                attempt.execution = number
-                self._begin(attempt, batch)
-            else:
+            if not wanted:
                 attempt.release()
                 self._capacity.give()
+            elif attempt.tracker.revoked or attempt.message.topic in self._left:
+                self._capacity.give()  # and not released: whoever gets the partition next is to run it
+            else:
+                attempt.execution = number
+                self._begin(attempt, batch)
         if batch:
             self._loop.call_soon_threadsafe(self._spawn, batch)
 
@@ -111,13 +115,18 @@ class Steps:
             if attempt.tracker.revoked:
                 self.leases.lease(attempt)
 
-    def stop_asking(self) -> None:
-        """Drops what waits for the answer to a claim."""
-        self._drop_claims(everything=True)
+    def stop_asking(self, topic: str) -> None:
+        """Drops what waits for the answer to a claim, of one queue's topic."""
+        self._drop_claims(topic)
 
-    def abandon(self) -> None:
-        """Gives up what still runs, unreported: it is delivered again, at once where it had become a lease."""
-        for attempt in self.running():
+    def abandon(self, topic: str) -> None:
+        """Gives up what still runs of one queue's topic, unreported, and begins nothing more of it.
+
+        It is delivered again, at once where it had become a lease.
+        """
+        with self._leaving:
+            self._left.add(topic)
+        for attempt in self.running(topic):
             if self._running.pop(attempt, None) is None:
                 continue
             if attempt.unwanted:
@@ -155,8 +164,8 @@ class Steps:
             self.leases.watch(attempt)
         self._loop.call_soon_threadsafe(_interrupt, attempt, execution.no_longer_wanted(attempt))
 
-    def _drop_claims(self, *, everything: bool = False) -> None:
-        for _ in self.claims.forget(lambda attempt: everything or attempt.tracker.revoked):
+    def _drop_claims(self, topic: str | None = None) -> None:
+        for _ in self.claims.forget(lambda attempt: attempt.tracker.revoked or attempt.message.topic == topic):
             self._capacity.give()
 
     def _begin(self, attempt: Attempt, batch: list[Attempt]) -> None:
@@ -185,16 +194,12 @@ class Steps:
     async def _run(self, attempt: Attempt) -> None:
         self._set_deadline(attempt, GRACE)
         try:
-            outcome: Outcome = await execution.run(attempt, self._services)
-        except execution.Unreadable as e:
-            outcome = self._unreadable(attempt, e)
+            outcome: Outcome | None = await execution.run(attempt, self._services)
         except BaseException as e:  # whatever a step raises, SystemExit too, is its result and not the worker's end
-            if attempt.unwanted or attempt not in self._running:  # its CancelledError, or what it made of it
-                self._report(attempt, None)
-                return
-            outcome = self._failed(attempt, e)
+            outcome = self._raised(attempt, e)
             try:
-                await self._writers(attempt).settle()
+                if outcome is not None:
+                    await self._writers(attempt).settle()
             except BaseException:  # also a cancellation of its own that the step has left to the next await
                 logger.debug("the streams of %s failed too", attempt, exc_info=True)
         self._report(attempt, outcome)
@@ -202,19 +207,27 @@ class Steps:
     def _run_sync(self, attempt: Attempt) -> None:
         self._set_deadline(attempt, 0)
         try:
-            outcome: Outcome = self._context.copy().run(execution.run_sync, attempt, self._services, self._loop)
-        except execution.Unreadable as e:
-            outcome = self._unreadable(attempt, e)
+            outcome: Outcome | None = self._context.copy().run(execution.run_sync, attempt, self._services, self._loop)
         except BaseException as e:  # as above
-            if attempt.unwanted or attempt not in self._running:
-                self._report(attempt, None)
-                return
-            outcome = self._failed(attempt, e)
+            outcome = self._raised(attempt, e)
             try:
-                self._writers(attempt).settle_sync()
+                if outcome is not None:
+                    self._writers(attempt).settle_sync()
             except Exception:
                 logger.debug("the streams of %s failed too", attempt, exc_info=True)
         self._report(attempt, outcome)
+
+    def _raised(self, attempt: Attempt, exc: BaseException) -> StepFailed | None:
+        """What is reported of what an attempt raised; None where nobody wants to hear of it. Never raises."""
+        try:
+            if isinstance(exc, execution.Unreadable):
+                return self._unreadable(attempt, exc)
+            if attempt.unwanted or attempt not in self._running:  # its CancelledError, or what it made of it
+                return None
+            return self._failed(attempt, exc)
+        except Exception as e:  # the exception's own code has raised while it was looked at
+            logger.exception("how %s failed cannot be told", attempt)
+            return execution.untold(f"how {attempt} failed cannot be told: {type(e).__name__}")
 
     def _set_deadline(self, attempt: Attempt, grace: float) -> None:
         if attempt.request.timeout is not None:
@@ -229,11 +242,13 @@ class Steps:
         """Sends the result, where it is wanted, and frees the slot; False where somebody else has settled the attempt."""
         if self._running.pop(attempt, None) is None:
             return False
-        if attempt.unwanted or outcome is None:
-            attempt.release()
-        else:
-            self._outbox.result(attempt, outcome)
-        self._capacity.give()
+        try:
+            if attempt.unwanted or outcome is None:
+                attempt.release()
+            else:
+                self._outbox.result(attempt, outcome)
+        finally:
+            self._capacity.give()
         return True
 
     def _let_go(self, attempt: Attempt, why: str) -> None:

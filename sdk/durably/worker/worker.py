@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("durably.worker")
 
+SETTLED = 5.0  # seconds after which the steps should be registered, also where code is typed into a running process
 LEAVE = 3.0  # seconds that a thread has to end which a step may be blocking
 
 
@@ -92,6 +93,8 @@ class Worker:
         codec = Codec()
         self._polling: list[threading.Thread] = []
         self._others: list[threading.Thread] = []
+        self._checking = threading.Timer(SETTLED, self._check_steps)
+        self._checking.daemon = True
         self._loop = asyncio.new_event_loop()
         self._threads = Threads(f"step-{self.worker_id}")
         self._producer = producer = broker.producer()
@@ -161,8 +164,8 @@ class Worker:
         ]
 
     def start(self) -> None:
-        """Starts the threads, and returns. Warns when the registry has no step for the queues."""
-        self._check_steps()
+        """Starts the threads, and returns. Warns a little later when the registry has no step for the queues."""
+        self._checking.start()
         self._start_thread(self._run_loop, "loop")
         self._start_thread(self._leases.run, "leases")
         for intake in self._intakes:
@@ -183,6 +186,7 @@ class Worker:
         """Waits until the worker has stopped, and lets go of what it holds. See `error` for why it did."""
         for thread in self._polling:
             thread.join()
+        self._checking.cancel()
         self._replies.close()
         self._leases.close()
         if not self._others:

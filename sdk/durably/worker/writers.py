@@ -40,21 +40,30 @@ class Acknowledgements:
 
     async def until(self, done: Callable[[], bool]) -> None:
         """Waits on the running loop."""
+        loop = asyncio.get_running_loop()
         while not done():
-            loop = asyncio.get_running_loop()
-            if loop not in self._rounds:
-                self._rounds[loop] = loop.create_future()
-                loop.call_later(ROUND, self._serve, loop)
-            await asyncio.shield(self._rounds[loop])
+            waiting = self._rounds.get(loop)
+            if waiting is None:
+                waiting = self._rounds[loop] = loop.create_future()
+                loop.call_later(ROUND, self._serve, loop, waiting)
+            try:
+                await asyncio.shield(waiting)
+            finally:  # also where it is cancelled because its loop closes, which nothing serves then
+                self._forget(loop, waiting)
 
     def until_sync(self, done: Callable[[], bool]) -> None:
         """Waits on a thread."""
         while not done():
             self._producer.poll(LOOK)
 
-    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _serve(self, loop: asyncio.AbstractEventLoop, waiting: asyncio.Future[None]) -> None:
         self._producer.poll(0)
-        self._rounds.pop(loop).set_result(None)
+        self._forget(loop, waiting)
+        waiting.set_result(None)
+
+    def _forget(self, loop: asyncio.AbstractEventLoop, waiting: asyncio.Future[None]) -> None:
+        if self._rounds.get(loop) is waiting:
+            del self._rounds[loop]
 
 
 class StreamTopic:
@@ -107,8 +116,8 @@ class StepWriters:
         self.run_id = run_id
         self.writer = writer
         self._topic = topic
-        self._streams: dict[str, _Stream] | None = None  # most steps write none
-        self._lock: threading.RLock | None = None
+        self._streams: dict[str, _Stream] = {}
+        self._lock = threading.RLock()
         self._sent = 0
         self._acknowledged = 0
         self._bytes = 0  # sent and not acknowledged
@@ -129,7 +138,8 @@ class StepWriters:
 
     def end(self, namespace: str) -> None:
         """Sends the end of a stream, once."""
-        if self._streams is None or namespace not in self._streams or not self._streams[namespace].ended:
+        stream = self._streams.get(namespace)
+        if stream is None or not stream.ended:
             self._send(namespace, "END", None)
 
     def settled(self) -> bool:
@@ -147,12 +157,13 @@ class StepWriters:
         self._check()
 
     def shut(self) -> None:
-        """The execution is over: a thread that goes on all the same writes nothing more."""
-        self._over = True
+        """The execution is over: a thread or task that goes on all the same writes nothing more, as of now."""
+        with self._lock:
+            self._over = True
 
     def written(self) -> tuple[StreamWritten, ...]:
         """What to tell the processor. To be asked when everything is settled."""
-        if self._streams is None:
+        if not self._streams:
             return ()
         partition = partition_for(self.run_id.encode(), self._topic.partitions())
         return tuple(
@@ -184,12 +195,12 @@ class StepWriters:
 
     def _send(self, namespace: str, kind: ChunkKind, payload: Payload | None) -> None:
         self._check()
-        if self._over:
-            raise DurablyError(f"stream {namespace!r}: this execution of the step is over")
-        if self._streams is None:
-            self._streams, self._lock = {}, threading.RLock()
-        assert self._lock is not None
         with self._lock:  # a step may write from several threads; n and the order in the log must agree
+            if self._over:
+                raise DurablyError(
+                    f"stream {namespace!r}: this execution of the step is over, and nothing can be written behind its "
+                    f"result: await what writes before the step returns"
+                )
             stream = self._streams.setdefault(namespace, _Stream())
             if stream.ended:
                 raise DurablyError(f"stream {namespace!r} was closed by this step; nothing can follow")
@@ -220,7 +231,6 @@ class StepWriters:
             self._bytes += size
 
     def _on_ack(self, stream: _Stream, size: int, error: Exception | None, offset: int) -> None:
-        assert self._lock is not None
         with self._lock:
             if error is not None:
                 self._error = error

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-from durably_schemas.records import Payload
+from durably_schemas.records import Error, Payload
 
-from durably import payloads
+from durably import failures, payloads
 from durably.errors import SerializationError
 
 
@@ -22,8 +22,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, Payload):
         try:
             return plain(payloads.load(value))
-        except SerializationError:
+        except (SerializationError, RecursionError):  # the second: a value that is nested deeper than this goes
             return {"content_type": value.content_type, "base64": base64.b64encode(value.data).decode()}
+    if isinstance(value, Error):
+        return _error(value)
     if isinstance(value, msgspec.Struct):
         return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
     if isinstance(value, list | tuple):
@@ -42,6 +44,32 @@ def to_json(value: Any) -> bytes:
         return msgspec.json.encode(shown, enc_hook=str)
     except (TypeError, ValueError):  # a key that JSON cannot hold
         return msgspec.json.encode(_textual(shown), enc_hook=str)
+
+
+def _error(error: Error) -> dict[str, Any]:
+    """An exception with what it carries, in clear where this process can read that."""
+    told = failures.revealed(error)
+    shown = {"type": error.type, "message": told.message, "traceback": told.traceback}
+    data = plain(error.data)
+    if isinstance(data, dict):  # what is hidden has these three in its data
+        data = _carried({name: part for name, part in data.items() if name not in shown or part != shown[name]})
+    return {**shown, "data": data, "cause": plain(error.cause)}
+
+
+def _carried(data: dict[str, Any]) -> dict[str, Any]:
+    """The data of an error, whose parts are msgpack within msgpack, so that one which cannot be read hides no other."""
+    shown: dict[str, Any] = {}
+    for name, part in data.items():
+        match part:
+            case bytes():
+                shown[name] = plain(Payload(content_type=payloads.MSGPACK, data=part))
+            case dict():
+                shown[name] = _carried(part)
+            case list():
+                shown[name] = [_carried(member) if isinstance(member, dict) else member for member in part]
+            case _:
+                shown[name] = part
+    return shown
 
 
 def _textual(value: Any) -> Any:

@@ -133,15 +133,15 @@ class Request:
 
     Raises:
         ValueError: no method, no such URL, a bad header, or a body with GET or HEAD.
+        TypeError: the body is something else.
     """
 
     __slots__ = ("_respond_to", "_responded", "body", "headers", "method", "url")
 
     def __init__(self, method: str, url: str, headers: HeaderTypes | None = None, body: Body | str = b"") -> None:
-        content = body.encode() if isinstance(body, str) else body
-        if content and method.upper() in {"GET", "HEAD"}:
-            raise ValueError(f"a {method.upper()} request has no body: use another method, or put the data in the URL")
-        self._set(method, url, headers, content, None)
+        self._set(method, url, headers, body, None)
+        if self.body and self.method in {"GET", "HEAD"}:
+            raise ValueError(f"a {self.method} request has no body: use another method, or put the data in the URL")
 
     @classmethod
     def received(
@@ -163,10 +163,13 @@ class Request:
         self._set(method, url, headers, body, respond_to)
         return self
 
-    def _set(self, method: str, url: str, headers: HeaderTypes | None, body: Body, respond_to: ReplyTo | None) -> None:
+    def _set(
+        self, method: str, url: str, headers: HeaderTypes | None, body: Body | str, respond_to: ReplyTo | None
+    ) -> None:
         if not _is_token(method):
             raise ValueError(f"method {method!r:.100} is none: use a word such as POST")
-        self.method, self.url, self.headers, self.body = method.upper(), _url(url), Headers(headers), body
+        self.method, self.url, self.headers = method.upper(), _url(url), Headers(headers)
+        self.body = _content(body, "Request")
         self._respond_to = respond_to
         self._responded = False
 
@@ -289,6 +292,7 @@ class Response:
 
     Raises:
         ValueError: another status, a bad header, or a body with 204, 205 or 304.
+        TypeError: the body is something else; JSON is made by `Response.json`.
     """
 
     __slots__ = ("body", "headers", "status")
@@ -296,7 +300,7 @@ class Response:
     def __init__(self, body: Body | str = b"", status: int = 200, headers: HeaderTypes | None = None) -> None:
         if isinstance(status, bool) or not isinstance(status, int) or not 200 <= status <= 599:
             raise ValueError(f"status {status!r} is none of a response: use 200 to 599")
-        content = body.encode() if isinstance(body, str) else body
+        content = _content(body, "Response")
         if content and status in _BODILESS:
             raise ValueError(f"a response with status {status} has no body: use another status, or leave the body out")
         self.body, self.status, self.headers = content, int(status), Headers(headers)
@@ -305,7 +309,7 @@ class Response:
     def received(cls, body: Body, status: int, headers: HeaderTypes | None) -> Self:
         """As it came from outside, where servers have statuses and bodies of their own making."""
         self = cls.__new__(cls)
-        self.body, self.status, self.headers = body, status, Headers(headers)
+        self.body, self.status, self.headers = _content(body, "Response"), status, Headers(headers)
         return self
 
     json = _MakesAndReads["Callable[..., Response]", "Callable[[], Awaitable[Any]]"](_json_response, _json_of_response)
@@ -435,6 +439,21 @@ BUILTIN_STEPS: tuple[StepDefinition[..., Any], ...] = (
 """The steps that every worker knows, without any module of the user's."""
 
 
+def _content(body: object, of: str) -> Body:
+    """The body of a message, as it is kept."""
+    match body:
+        case bytes() | Readable():
+            return body
+        case str():
+            return body.encode()
+        case bytearray() | memoryview():
+            return bytes(body)
+    remedy = "json.dumps(value)" if of == "Request" else "Response.json(value)"
+    raise TypeError(
+        f"the body of this {of} is {body!r:.100}: use bytes or text; for JSON {remedy}, and leave it out for none"
+    )
+
+
 async def _read(body: Body) -> bytes:
     if not isinstance(body, Readable):
         return body
@@ -492,8 +511,8 @@ def _header_name(name: str) -> str:
 
 
 def _header_value(name: str, value: str) -> str:
-    if not isinstance(value, str) or any(c in value for c in "\r\n\0"):
-        raise ValueError(f"header {name} is {value!r:.100}: use a text of one line")
+    if not isinstance(value, str) or any((c < " " and c != "\t") or c == "\x7f" for c in value):
+        raise ValueError(f"header {name} is {value!r:.100}: use a text of one line, without control characters")
     try:
         value.encode("latin-1")  # all that a header can carry (RFC 9110, section 5.5)
     except UnicodeEncodeError:

@@ -59,7 +59,7 @@ class ScriptedHooks(ScriptedProcessor):
             told = f"hook token {command.token!r}: no run has a hook with this token"
             self.reply(command.reply_to, Reply(request_id="", status="NOT_FOUND", message=told))
             return
-        if command.resume_id not in {r.resume_id for r in self.received}:
+        if (command.token, command.resume_id) not in {(r.token, r.resume_id) for r in self.received}:
             self.received.append(command)
             self.on_resume(command)
         self.reply(command.reply_to, Reply(request_id="", run_id=hook.run_id, summary=self.runs[hook.run_id].summary))

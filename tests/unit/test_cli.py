@@ -9,13 +9,14 @@ import resource
 import subprocess
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import durably.broker
 import pytest
-from durably import payloads
+from durably import payload_codec, payloads
 from durably.broker.port import TopicState
 from durably.cli import gateway, output, processes
 from durably.cli.app import app
@@ -25,14 +26,14 @@ from durably.errors import ConfigurationError
 from durably_schemas import Catalogue, events
 from durably_schemas.catalogue import partition_for
 from durably_schemas.codec import RECORDS
-from durably_schemas.records import CancelRun, Error, StartRun, StreamWritten
+from durably_schemas.records import CancelRun, Error, StartRun, StreamChunk, StreamWritten
 from rich.console import Console
 from typer.testing import CliRunner, Result
 from unit.scripted_broker import ScriptedBroker, ScriptedProcessor
 from unit.scripted_hooks import ScriptedHooks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 URL = ["--url", "kafka://scripted:1"]
 Invoke = "Callable[..., Result]"
@@ -102,6 +103,9 @@ def test_start_waits_for_the_result(broker: ScriptedBroker, processor: ScriptedP
         (["--input", "[1]"], "must be a JSON object"),
         (["--attribute", "team"], "is not KEY=VALUE"),
         (["--delay", "soon"], "no duration"),
+        (["--run-id", "a|b"], "has a '|'"),
+        (["\udcff"], "is not JSON"),
+        (["[" * 5_000], "is not JSON"),
     ],
 )
 def test_a_mistake_in_the_arguments_is_a_usage_error(
@@ -113,7 +117,78 @@ def test_a_mistake_in_the_arguments_is_a_usage_error(
     assert broker.sent == []
 
 
+def test_what_is_sent_is_encoded_as_the_process_is_set_to(broker: ScriptedBroker, durably_: Any, zipped: None) -> None:
+    hooks = ScriptedHooks(broker)
+    hooks.open("t")
+    secret = json.dumps("s" * 5_000)
+    assert durably_("start", "greet", secret).exit_code == 0
+    assert durably_("hooks", "resume", "t", secret).exit_code == 0
+    for sent in (broker.sent[0].input, hooks.received[0].payload):
+        assert sent.content_type == "application/json;codec=gzip"
+        assert b"sss" not in sent.data
+
+
+@pytest.fixture
+def zipped() -> Iterator[None]:
+    payload_codec.install(payload_codec.Gzip())
+    yield
+    payload_codec.install()
+
+
+def test_a_stream_shows_what_it_cannot_read_as_bytes(
+    broker: ScriptedBroker, processor: ScriptedProcessor, durably_: Any
+) -> None:
+    processor.start("r1")
+    sealed = payloads.Payload(content_type="application/x-sealed", data=b"\0")
+    chunk = StreamChunk(run_id="r1", namespace="log", writer="w", n=0, kind="DATA", at=0, payload=sealed)
+    broker.put(broker.catalogue.streams, chunk, key="r1")
+    processor.chunk("r1", "log", 1, "readable")
+    processor.chunk("r1", "log", 2, end=True)
+    result = durably_("stream", "r1", "log")
+    assert (result.exit_code, result.stdout) == (
+        0,
+        '{"content_type":"application/x-sealed","base64":"AA=="}\nreadable\n',
+    )
+
+
+def test_a_workflow_needs_a_name(broker: ScriptedBroker, durably_: Any) -> None:
+    result = durably_("start", "")
+    assert (result.exit_code, broker.sent) == (1, [])
+    assert "the workflow's name is empty" in result.stderr
+
+
 # errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("runs", "show", "a|b"),
+        ("runs", "events", " "),
+        ("runs", "cancel", "x" * 201),
+        ("runs", "rerun", "r1", "--run-id", "a|b"),
+        ("runs", "watch", "a|b"),
+        ("stream", "a|b"),
+        ("hooks", "list", "--run", "a|b"),
+    ],
+)
+def test_what_can_be_no_run_is_refused_before_anybody_is_asked(
+    arguments: tuple[str, ...], broker: ScriptedBroker, durably_: Any
+) -> None:
+    result = durably_(*arguments)
+    assert (result.exit_code, broker.sent) == (2, [])
+    assert "use 1 to 200 bytes" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_json_may_be_asked_for_before_the_command(processor: ScriptedProcessor, durably_: Any) -> None:
+    processor.start("r1")
+    assert json.loads(durably_("--json", "runs", "show", "r1").stdout)["run_id"] == "r1"
+    assert json.loads(durably_("--json", "runs", "show", "nobody").stderr)["type"] == "RunNotFoundError"
+
+
+def test_the_version_is_that_of_the_distribution(durably_: Any) -> None:
+    result = durably_("--version", url=False)
+    assert (result.exit_code, result.stdout) == (0, f"{version('durably')}\n")
 
 
 def test_an_error_is_one_line_on_stderr_and_status_1(processor: ScriptedProcessor, durably_: Any) -> None:
@@ -301,6 +376,20 @@ def test_a_hook_is_resumed_with_json(hooks: ScriptedHooks, durably_: Any) -> Non
 # topics, schemas, health
 
 
+@pytest.mark.parametrize("command", [("topics", "create"), ("topics", "check"), ("worker", "x.py"), ("dev", "x.py")])
+def test_a_queue_must_have_a_name_that_a_topic_can_have(command: tuple[str, ...], durably_: Any) -> None:
+    result = durably_(*command, "--queue", "bad/queue!")
+    assert result.exit_code == 2
+    assert "queue 'bad/queue!': letters, digits" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_folder_that_cannot_be_made_is_named(durably_: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = durably_("schemas", "export", str(tmp_path / "file" / "x"), url=False)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: cannot write to {tmp_path / 'file' / 'x'}: ")
+
+
 def test_topics_are_created_once_with_the_count_that_the_installation_has(
     durably_: Any, broker: ScriptedBroker
 ) -> None:
@@ -317,10 +406,10 @@ def test_topics_are_created_once_with_the_count_that_the_installation_has(
 
 def test_check_says_what_differs_and_the_remedy(durably_: Any, broker: ScriptedBroker) -> None:
     assert durably_("topics", "check").exit_code == 0
-    broker.states["durably.events"] = TopicState(
-        3, {"cleanup.policy": "delete", "retention.ms": "604800000", "retention.bytes": "-1"}
-    )
-    broker.states["durably.runs"] = TopicState(2, {"cleanup.policy": "delete"})
+    stamped = {"cleanup.policy": "delete", "message.timestamp.type": "LogAppendTime"}
+    broker.states["durably.events"] = TopicState(3, {**stamped, "retention.ms": "604800000", "retention.bytes": "-1"})
+    broker.states["durably.runs"] = TopicState(2, stamped)
+    broker.states["durably.replies"] = TopicState(3, {**stamped, "message.timestamp.type": "CreateTime"})
     del broker.states["durably.streams"]
     result = durably_("topics", "check", "--json")
     assert result.exit_code == 1
@@ -329,6 +418,7 @@ def test_check_says_what_differs_and_the_remedy(durably_: Any, broker: ScriptedB
         ("durably.events", "retention.ms is '604800000' and must be '-1'"),
         ("durably.runs", "2 partitions where 3 are needed"),
         ("durably.runs", "cleanup.policy is 'delete' and must be 'compact'"),
+        ("durably.replies", "message.timestamp.type is 'CreateTime' and must be 'LogAppendTime'"),
         ("durably.streams", "missing"),
     ]
 

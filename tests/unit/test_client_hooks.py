@@ -137,6 +137,26 @@ def test_what_cannot_travel_is_told_before_anything_is_sent(call: Call, broker: 
     assert not broker.sent
 
 
+@pytest.mark.parametrize(
+    ("resume_id", "said"),
+    [
+        ("", "names no delivery"),
+        (7, "names no delivery"),
+        ("\ud800", "is no Unicode text"),
+        ("ä" * 513, "has 1,026 bytes: use 1 to 1,024"),
+    ],
+)
+def test_what_names_no_delivery_is_refused_at_once(
+    resume_id: Any, said: str, call: Call, processor: ScriptedHooks, broker: ScriptedBroker
+) -> None:
+    processor.open("t")
+    with pytest.raises(ConfigurationError, match=said):
+        call("resume_hook", "t", 1, resume_id)
+    assert not broker.sent
+    call("resume_hook", "t", 1, "ä" * 512)
+    assert processor.received[0].resume_id == "ä" * 512
+
+
 def test_without_an_answer_the_error_names_the_id_to_try_again_with(
     broker: ScriptedBroker, processor: ScriptedHooks
 ) -> None:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
+from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import msgspec
 import pytest
-from durably import payloads
+from durably import failures, payload_codec, payloads
 from durably.client import connection
-from durably.errors import ConfigurationError
+from durably.errors import BrokerUnreachable, ConfigurationError
 from durably_connectors.http import create_gateway, projection, runs
+from durably_connectors.http import gateway as gateway_module
 from durably_connectors.http.security import checked_binding, is_loopback
 from durably_connectors.http.server import bind
 from durably_schemas import events
-from durably_schemas.records import CancelRun, Error, StartRun
+from durably_schemas.records import CancelRun, Error, ResumeHook, StartRun
 from fastapi import FastAPI
 from unit.gateway_under_test import GatewayUnderTest, gateway_under_test, serving
+from unit.scripted_broker import ScriptedBroker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +50,8 @@ def problem(response: Any, status: int, kind: str) -> dict[str, Any]:
     assert document["title"]
     return document
 
+
+JSON = {"content-type": "application/json"}
 
 # starting
 
@@ -107,11 +115,42 @@ def test_a_start_is_durable_without_a_processor(monkeypatch: pytest.MonkeyPatch)
         ({"workflow": "w", "delay": "soon"}, "no duration"),
         ({"workflow": "w", "attributes": {"a": 1}}, "attributes"),
         ({"workflow": "w", "attributes": {"a": "x" * 20_000}}, "pass long texts as arguments"),
+        ({"workflow": "w", "delay": True}, "delay"),
+        ({"workflow": "w", "delay": 1e300}, "1e+300"),
+        ('{"workflow": "w", "args": [NaN]}', "JSON decode error: JSON is malformed"),
+        ('{"workflow": "w", "kwargs": {"n": -Infinity}}', "JSON decode error"),
+        ('{"workflow": "w", "args": [1e400]}', "Number out of range"),
+        ('{"workflow": "w", "args": ["\\ud800x"]}', "JSON decode error"),
+        ('{"workflow": "w", "attributes": {"a": "\\udc00."}}', "JSON decode error"),
+        ('{"workflow": "w", "args": ' + "[" * 5_000 + "]" * 5_000 + "}", "nested too deeply"),
+        (b'{"workflow": "\xff"}', "JSON decode error"),
+        ("", "body: Field required"),
     ],
 )
 def test_a_bad_start_says_what_is_wrong(body: Any, said: str, gateway: GatewayUnderTest) -> None:
-    assert said in problem(gateway.api("POST", "/runs", json=body), 422, "invalid-request")["detail"]
+    given = {"json": body} if isinstance(body, dict) else {"content": body, "headers": JSON}
+    assert said in problem(gateway.api("POST", "/runs", **given), 422, "invalid-request")["detail"]
     assert not gateway.broker.sent
+
+
+def test_what_is_sent_is_encoded_as_the_process_is_set_to(gateway: GatewayUnderTest, zipped: None) -> None:
+    gateway.processor.open("t")
+    secret = "s" * 5_000
+    gateway.api("POST", "/runs", json={"workflow": "w", "args": [secret]})
+    gateway.api("POST", "/hooks/t", json=secret)
+    gateway.api("POST", "/hooks/t", content=payloads.dump([1], "v").data, headers={"content-type": payloads.MSGPACK})
+    start, resumed, _ = (c for c in gateway.broker.sent if isinstance(c, StartRun | ResumeHook))
+    for sent, value in ((start.input, [secret]), (resumed.payload, secret)):
+        assert sent.content_type == "application/json;codec=gzip"
+        assert payloads.load(sent) == value
+        assert b"sss" not in sent.data
+
+
+@pytest.fixture
+def zipped() -> Iterator[None]:
+    payload_codec.install(payload_codec.Gzip())
+    yield
+    payload_codec.install()
 
 
 def test_a_start_must_say_that_it_is_json(gateway: GatewayUnderTest) -> None:
@@ -129,6 +168,7 @@ def test_runs_are_listed_page_by_page_newest_first(gateway: GatewayUnderTest) ->
         gateway.processor.change(
             f"r{n}", created_at=1_700_000_000_000 + n // 2, attributes={"n": str(n), "team": "a=b"}
         )
+    gateway.processor.change("r1", attributes={"n": "1", "team": "a=b", "a=b": "c%3D"})
     gateway.processor.complete("r3", 1)
     pages, cursor = [], None
     while True:
@@ -145,6 +185,8 @@ def test_runs_are_listed_page_by_page_newest_first(gateway: GatewayUnderTest) ->
         "attribute=n=2": ["r2"],
         "attribute=n=2&attribute=team=a%3Db": ["r2"],
         "attribute=n=2&attribute=team=b": [],
+        "attribute=a%253Db=c%253D": ["r1"],
+        "attribute=a=b%253Dc%253D": [],
         "created_from=2023-11-14T22:13:20.001Z&created_to=2023-11-14T22:13:20.002": ["r3", "r2"],
     }
     for query, expected in some.items():
@@ -166,6 +208,7 @@ def test_the_list_follows_what_happens(gateway: GatewayUnderTest) -> None:
     [
         ("cursor=x", 400, "bad-cursor"),
         ("cursor=WzEsMl0=", 400, "bad-cursor"),
+        ("cursor=" + b64encode(b'[%d,"r1"]' % 10**30).decode(), 400, "bad-cursor"),
         ("status=done", 422, "invalid-request"),
         ("limit=0", 422, "invalid-request"),
         ("attribute=team", 422, "invalid-request"),
@@ -196,6 +239,33 @@ def test_a_log_is_paged_with_its_values_readable(gateway: GatewayUnderTest) -> N
     rest = gateway.api("GET", f"/runs/r1/events?from_seq={first['next_seq']}").json()
     assert (rest["events"][0]["data"]["result"], rest["next_seq"]) == ({"n": 1}, None)
     problem(gateway.api("GET", "/runs/nobody/events"), 404, "run-not-found")
+    for impossible in (0, 10**26, -1):
+        problem(gateway.api("GET", f"/runs/r1/events?from_seq={impossible}"), 422, "invalid-request")
+
+
+def test_a_value_that_is_nested_too_deeply_to_be_shown_is_shown_as_bytes(gateway: GatewayUnderTest) -> None:
+    gateway.processor.start("r1")
+    for depth in range(100, 1_200, 50):
+        deep = payloads.Payload(content_type=payloads.JSON, data=b"[" * depth + b"]" * depth)
+        gateway.processor.event("r1", events.RunCompleted(result=deep))
+        shown = gateway.api("GET", f"/runs/r1/events?from_seq={depth // 50}")
+        assert shown.status_code == 200, depth
+    assert shown.json()["events"][0]["data"]["result"]["content_type"] == payloads.JSON
+
+
+def test_what_an_error_carries_is_readable(gateway: GatewayUnderTest) -> None:
+    gateway.processor.start("r1")
+    raised = KeyError("tea", 3)
+    raised.add_note("the last one")
+    raised.type = "attribute"  # type: ignore[attr-defined]
+    error = failures.to_error(raised)
+    gateway.processor.end("r1", "failed", events.RunFailed(error=error), error)
+    found = problem(gateway.api("GET", "/runs/r1/result"), 409, "run-failed")["error"]
+    assert (found["type"], found["message"]) == ("builtins:KeyError", "('tea', 3)")
+    assert found["data"] == {"args": ["tea", 3], "attributes": {"type": "attribute"}, "notes": ["the last one"]}
+    foreign = Error(type="shop", message="m", data=payloads.Payload(content_type=payloads.JSON, data=b'{"type":"x"}'))
+    gateway.processor.event("r1", events.RunFailed(error=foreign))
+    assert gateway.api("GET", "/runs/r1/events").json()["events"][-1]["data"]["error"]["data"] == {"type": "x"}
 
 
 def test_a_payload_that_cannot_be_read_here_is_shown_as_bytes(gateway: GatewayUnderTest) -> None:
@@ -231,6 +301,19 @@ def test_who_waits_for_a_result_is_answered_when_the_server_stops(gateway: Gatew
     stopping.join()
 
 
+def test_nobody_waits_for_a_client_that_has_gone(gateway: GatewayUnderTest) -> None:
+    gateway.processor.start("r1")
+    asked = gateway.app.state.gateway.connection._questions
+    calls = [socket.create_connection(("127.0.0.1", httpx.URL(gateway.url).port)) for _ in range(50)]
+    for call in calls:
+        call.sendall(b"GET /api/v1/runs/r1/result?wait=300 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert soon(lambda: len(gateway.processor.runs["r1"].waiting) == 50)
+    assert len(asked) == 50
+    for call in calls:
+        call.close()
+    assert soon(lambda: not asked)
+
+
 @pytest.mark.parametrize(
     ("status", "data", "said"),
     [
@@ -252,6 +335,8 @@ def test_a_run_is_cancelled_with_a_reason(gateway: GatewayUnderTest) -> None:
     response = gateway.api("POST", "/runs/r1/cancel", json={"reason": "enough"})
     assert (response.status_code, response.json()["status"]) == (200, "cancelled")
     assert [c.reason for c in gateway.broker.sent if isinstance(c, CancelRun)] == ["enough"]
+    half = gateway.api("POST", "/runs/r1/cancel", content=b'{"reason": "\\ud800."}', headers=JSON)
+    problem(half, 422, "invalid-request")
     assert gateway.api("POST", "/runs/r1/cancel").status_code == 200
     problem(gateway.api("GET", "/runs/r1/result"), 409, "run-cancelled")
     problem(gateway.api("POST", "/runs/nobody/cancel"), 404, "run-not-found")
@@ -324,10 +409,11 @@ def test_an_idempotency_key_makes_a_delivery_count_once(gateway: GatewayUnderTes
 
 def test_what_is_not_what_it_says_resumes_nothing(gateway: GatewayUnderTest) -> None:
     gateway.processor.open("t")
-    json = {"content-type": "application/json"}
-    problem(gateway.api("POST", "/hooks/t", content=b"{", headers=json), 400, "not-json")
+    for body in (b"{", b"[" * 5_000 + b"]" * 5_000, b"NaN", b'"\xff"'):
+        problem(gateway.api("POST", "/hooks/t", content=body, headers=JSON), 400, "not-json")
     msgpack = {"content-type": "application/msgpack"}
-    problem(gateway.api("POST", "/hooks/t", content=b"\xc1", headers=msgpack), 400, "not-msgpack")
+    for body in (b"\xc1", b"\x91" * 5_000 + b"\x01", b"\xa1\xff"):
+        problem(gateway.api("POST", "/hooks/t", content=body, headers=msgpack), 400, "not-msgpack")
     problem(gateway.api("POST", "/hooks/t", content=b"\xff", headers={"content-type": "text/plain"}), 400, "not-text")
     problem(gateway.api("POST", "/hooks/nobody", json=1), 404, "hook-not-found")
     problem(gateway.api("POST", "/hooks/t", content=b"x" * 200_000), 413, "too-large")
@@ -346,6 +432,75 @@ def test_a_body_over_the_limit_is_refused_however_it_comes() -> None:
         problem(gateway.api("POST", "/runs", json=body), 413, "too-large")
         assert not gateway.processor.received
         assert gateway.api("POST", "/hooks/t", content=b"x" * 1000).status_code == 200
+
+
+def test_a_body_that_declares_too_much_is_refused_before_it_is_sent() -> None:
+    with gateway_under_test(max_body=1000) as gateway, connected(gateway) as call:
+        call.sendall(b"POST /api/v1/hooks/t HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1001\r\n\r\n")
+        assert call.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_client_that_goes_while_it_sends_is_no_error(
+    gateway: GatewayUnderTest, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway.processor.open("t", webhook=True)
+    for path in (b"/api/v1/hooks/t", b"/api/v1/runs", b"/.well-known/workflow/v1/webhook/t"):
+        with connected(gateway) as call:
+            call.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\nx" % path)
+            time.sleep(0.1)
+    gateway.thread.stop()
+    assert not gateway.processor.received
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
+
+
+def connected(gateway: GatewayUnderTest) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", httpx.URL(gateway.url).port), timeout=10)
+
+
+def soon(holds: Callable[[], bool]) -> bool:
+    """Whether something comes to hold within seconds."""
+    until = time.monotonic() + 10
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_all_who_come_while_the_broker_is_down_wait_for_one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = []
+
+    def down(self: ScriptedBroker, topic: str, timeout: float = 10.0) -> int:
+        attempts.append(topic)
+        time.sleep(0.5)
+        raise BrokerUnreachable("nobody answers")
+
+    monkeypatch.setattr(ScriptedBroker, "partitions", down)
+    with gateway_under_test() as gateway, ThreadPoolExecutor(40) as pool:
+        began = time.monotonic()
+        found = list(pool.map(lambda _: httpx.get(f"{gateway.url}/api/v1/runs/r1", trust_env=False), range(40)))
+        assert time.monotonic() - began < 5
+        assert {response.status_code for response in found} == {503}
+        assert len(attempts) < 10
+
+
+def test_readiness_is_bounded_whatever_the_broker_does(
+    gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_module, "_BROKER", 0.1)
+    hangs, asked = threading.Event(), []
+
+    def topics(self: ScriptedBroker, timeout: float = 30.0) -> list[str]:
+        asked.append(timeout)
+        hangs.wait(20)
+        return []
+
+    monkeypatch.setattr(ScriptedBroker, "topics", topics)
+    for _ in range(3):
+        ready = gateway.http.get("/ready", timeout=5)
+        assert (ready.status_code, ready.json()["problem"]) == (503, "memory: does not answer within 0.1 s")
+    assert asked == [0.1]
+    hangs.set()
 
 
 def test_without_an_answer_the_owner_of_the_partition_is_named() -> None:
@@ -399,16 +554,29 @@ def test_with_a_token_the_api_needs_it_and_health_does_not() -> None:
         assert gateway.http.get("/health").status_code == 200
 
 
+def test_every_route_of_the_api_asks_for_the_token_before_it_reads_a_body() -> None:
+    with gateway_under_test(token="s3cret") as gateway:
+        for path, methods in gateway.http.get("/openapi.json").json()["paths"].items():
+            for method in methods:
+                if path.startswith("/api/"):
+                    with connected(gateway) as call:  # it promises a body that does not come
+                        head = f"{method.upper()} {path.replace('{', 'a').replace('}', '')} HTTP/1.1\r\nHost: localhost"
+                        call.sendall(f"{head}\r\nContent-Length: 9\r\n\r\n".encode())
+                        assert call.recv(1000).startswith(b"HTTP/1.1 401 "), (method, path)
+
+
 def test_an_empty_token_is_no_token() -> None:
     with pytest.raises(ConfigurationError, match="token is empty"):
         create_gateway("embedded:x", token=" ")
 
 
 def test_no_page_of_another_site_reaches_a_gateway_without_a_token() -> None:
-    with gateway_under_test(local=True) as gateway:
+    with gateway_under_test() as gateway:  # on a thread, where it is for this machine whatever it was made for
         gateway.processor.start("r1")
         host = gateway.url.removeprefix("http://")
         problem(gateway.api("GET", "/runs/r1", headers={"Host": "rebound.example.com"}), 403, "forbidden")
+        problem(gateway.api("GET", "/runs/r1", headers={"Host": "["}), 403, "forbidden")
+        problem(gateway.api("GET", "/runs/r1", headers={"Origin": "http://["}), 403, "forbidden")
         cross = {"Origin": "https://evil.example.com"}
         assert "evil" in problem(gateway.api("POST", "/runs/r1/cancel", headers=cross), 403, "forbidden")["detail"]
         assert not [c for c in gateway.broker.sent if isinstance(c, CancelRun)]
@@ -464,6 +632,9 @@ def test_openapi_describes_every_route_with_its_models(gateway: GatewayUnderTest
         assert operation["operationId"].isidentifier()
         if path.startswith("/api/"):
             assert operation["security"] == [{"HTTPBearer": []}], path
+            assert {"400", "401", "403", "404", "409", "413", "422", "503", "504"} <= operation["responses"].keys(), (
+                path
+            )
             names = {p["name"] for p in operation.get("parameters", []) if p["in"] == "path"}
             assert names == {part[1:-1] for part in path.split("/") if part.startswith("{")}, (method, path)
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from durably.broker.port import Message
 from durably.client.connection import Connection
-from durably.errors import BrokerUnreachable
+from durably.errors import BrokerUnreachable, ConfigurationError
+from durably_connectors.http import create_gateway
 from durably_connectors.http import projection as module
 from durably_connectors.http.projection import Projection, RunQuery
 from durably_schemas import Catalogue
 from durably_schemas.records import RunSummary
 from hypothesis import given
 from hypothesis import strategies as st
+from unit.gateway_under_test import gateway_under_test
 from unit.scripted_broker import ScriptedBroker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 CATALOGUE = Catalogue(partitions=3)
 Open = "Callable[..., Projection]"
@@ -156,6 +159,34 @@ def test_queries_come_from_any_thread_while_it_follows(broker: ScriptedBroker, o
         reader.join()
     until(lambda: len(listed(projection)) == 8)
     assert len(found) == 8
+
+
+@pytest.mark.parametrize("spoil", ["no folder", "a folder", "no database", "read-only"])
+def test_a_file_that_cannot_be_opened_is_named_at_the_start(spoil: str, tmp_path: Path) -> None:
+    path = tmp_path / "runs.sqlite"
+    match spoil:
+        case "no folder":
+            path = tmp_path / "none" / "runs.sqlite"
+        case "a folder":
+            path.mkdir()
+        case "no database":
+            path.write_bytes(b"x" * 10_000)
+        case "read-only":
+            path = Path("/proc/runs.sqlite")
+    with pytest.raises(ConfigurationError, match=rf"cannot be kept in {path}: .*--projection"):
+        create_gateway("embedded:x", projection=path)
+
+
+def test_a_file_that_fails_later_is_a_503_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScriptedBroker, "identity", lambda _, topic: topic, raising=False)
+    path = tmp_path / "runs.sqlite"
+    with gateway_under_test(projection=path) as gateway:
+        assert gateway.api("GET", "/runs").status_code == 200
+        with gateway.app.state.gateway.projection._lock, sqlite3.connect(path) as other:
+            other.executescript("DROP TABLE runs")
+        failed = gateway.api("GET", "/runs")
+        assert (failed.status_code, failed.json()["type"]) == (503, "urn:durably:problem:unavailable")
+        assert "no such table" in failed.json()["detail"]
 
 
 runs = st.builds(

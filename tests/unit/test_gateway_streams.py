@@ -7,11 +7,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from durably import chunks
+from durably import chunks, payloads
 from durably.client import connection
 from durably_connectors.http import projection, streams
 from durably_schemas import events
-from durably_schemas.records import StreamChunk, StreamWritten
+from durably_schemas.records import Payload, StreamChunk, StreamWritten
 from unit.gateway_under_test import GatewayUnderTest, gateway_under_test
 
 if TYPE_CHECKING:
@@ -79,6 +79,27 @@ def test_it_goes_on_where_it_is_told_to(
     got = followed(gateway, PATH + query, headers=headers)
     assert [(e["id"], e["data"]) for e in got[:-1]] == [(str(n), str(n)) for n in range(first, 5)]
     assert got[-1]["event"] == "end"
+
+
+@pytest.mark.parametrize("event_id", ["", "x", "-1", "٣", "9" * 5_000])
+def test_what_is_no_index_is_refused(event_id: str, gateway: GatewayUnderTest) -> None:
+    response = gateway.http.get(PATH, headers={b"Last-Event-ID": event_id.encode()})
+    assert response.status_code == 400
+    assert response.json()["type"] == "urn:durably:problem:bad-last-event-id"
+
+
+def test_values_that_cannot_be_read_here_are_shown_as_bytes_and_hide_no_others(gateway: GatewayUnderTest) -> None:
+    sealed = Payload(content_type="application/x-sealed", data=b"\x00\x01")
+    for n, payload in enumerate((payloads.dump(1, "v"), sealed, payloads.dump(3, "v"))):
+        chunk = StreamChunk(run_id="r1", namespace="log", writer="w", n=n, kind="DATA", at=0, payload=payload)
+        gateway.broker.put(gateway.processor.catalogue.streams, chunk, key="r1")
+    gateway.processor.chunk("r1", "log", 3, end=True)
+    assert [event["data"] for event in followed(gateway)] == [
+        "1",
+        '{"content_type":"application/x-sealed","base64":"AAE="}',
+        "3",
+        "{}",
+    ]
 
 
 def test_values_come_as_they_are_written_and_silence_is_filled(

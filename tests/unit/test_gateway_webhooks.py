@@ -17,7 +17,7 @@ from durably_schemas.records import Reply, ResumeHook, StreamChunk
 from unit.gateway_under_test import GatewayUnderTest, gateway_under_test
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 PATH = "/.well-known/workflow/v1/webhook/"
 
@@ -145,6 +145,42 @@ def test_a_manual_response_that_does_not_come_is_a_504_that_says_so() -> None:
         assert len(gateway.processor.received) == 1
 
 
+def test_nobody_waits_for_the_response_to_a_client_that_has_gone() -> None:
+    with gateway_under_test(response_timeout=300) as gateway:
+        gateway.processor.open("m", webhook=True, response="manual")
+        expected = gateway.app.state.gateway.connection._expected
+        calls = [http.client.HTTPConnection(gateway.url.removeprefix("http://")) for _ in range(20)]
+        for call in calls:
+            call.request("POST", f"{PATH}m", body=b"x")
+        assert soon(lambda: len(gateway.processor.received) == 20)
+        assert len(expected) == 20
+        for call in calls:
+            call.close()
+        assert soon(lambda: not expected)
+        assert len(gateway.processor.received) == 20  # what they sent is the run's all the same
+
+
+def test_who_waits_for_a_response_is_answered_when_the_server_stops(gateway: GatewayUnderTest) -> None:
+    gateway.processor.open("m", webhook=True, response="manual")
+    stopping = threading.Timer(0.3, gateway.thread.stop)
+    stopping.start()
+    began = time.monotonic()
+    got = gateway.http.post(f"{PATH}m")
+    assert (got.status_code, time.monotonic() - began < 3) == (504, True)
+    assert "run r1 has the request, but the gateway stops" in got.json()["detail"]
+    stopping.join()
+
+
+def soon(holds: Callable[[], bool]) -> bool:
+    """Whether something comes to hold within seconds."""
+    until = time.monotonic() + 10
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 def test_every_call_counts_unless_the_sender_names_it(gateway: GatewayUnderTest) -> None:
     gateway.processor.open("t", webhook=True)
     gateway.processor.open("u", webhook=True)
@@ -153,6 +189,7 @@ def test_every_call_counts_unless_the_sender_names_it(gateway: GatewayUnderTest)
     for token in ("t", "t", "u"):  # one key of two senders, each at a webhook of its own
         gateway.http.post(f"{PATH}{token}", content=b"named", headers={"Idempotency-Key": "k"})
     assert [r.token for r in gateway.processor.received] == ["t", "t", "t", "u"]
+    assert [r.resume_id for r in gateway.processor.received[2:]] == ["k", "k"]
     bad = gateway.http.post(f"{PATH}t", headers={"Idempotency-Key": "k" * 256})
     assert bad.status_code == 400
 

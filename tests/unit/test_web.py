@@ -50,15 +50,20 @@ def test_headers_are_equal_whatever_they_were_made_of() -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", [("", "x"), ("a b", "x"), ("a:", "x"), ("ä", "x"), ("a", "x\r\ny"), ("a", "\0"), ("a", "→"), ("a", 1)]
+    "pair",
+    [
+        *[(name, "x") for name in ("", "a b", "a:", "ä")],
+        *[("a", value) for value in ("x\r\ny", "\0", "→", 1, "\x1b[0m", "\x7f", "\x01")],
+    ],
 )
 def test_what_http_does_not_allow_is_no_header(pair: Any) -> None:
     with pytest.raises(ValueError, match="header"):
         Headers([pair])
 
 
+CONTROLS = [*(chr(n) for n in range(32) if chr(n) != "\t"), "\x7f"]
 pairs = st.lists(
-    st.tuples(st.text("aZ0-_", min_size=1), st.text(st.characters(max_codepoint=255, exclude_characters="\r\n\0"))),
+    st.tuples(st.text("aZ0-_", min_size=1), st.text(st.characters(max_codepoint=255, exclude_characters=CONTROLS))),
     max_size=5,
 )
 
@@ -170,6 +175,22 @@ def test_the_same_names_read_where_there_is_a_response() -> None:
 def test_what_is_no_response_says_so(make: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize("body", [None, {"a": 1}, 7, [b"x"], object()])
+def test_a_body_is_bytes_or_text(body: Any) -> None:
+    with pytest.raises(TypeError, match=r"the body of this Response is .* for JSON Response\.json\(value\)"):
+        Response(body)
+    with pytest.raises(TypeError, match=r"the body of this Request is .* for JSON json\.dumps\(value\)"):
+        Request("POST", URL, body=body)
+    with pytest.raises(TypeError, match="the body of this Response"):
+        Response.received(body, 200, None)
+
+
+@pytest.mark.parametrize("body", [bytearray(b"xy"), memoryview(b"xy"), "xy", b"xy"])
+def test_whatever_is_bytes_is_kept_as_such(body: Any) -> None:
+    assert type(Response(body).body) is type(Request("POST", URL, body=body).body) is bytes
+    assert travelled(Response(body)).body == b"xy"
 
 
 def test_a_response_travels() -> None:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, FastAPI
 
 from durably_connectors.http import health, hooks, models, problems, runs, streams, webhooks
 from durably_connectors.http.gateway import MAX_BODY, RESPONSE_TIMEOUT, Gateway
-from durably_connectors.http.security import BodyLimit, Guard
+from durably_connectors.http.security import BodyLimit, Guard, GuardedRoute, bearer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -22,8 +22,15 @@ API = "/api/v1"
 """Where the REST API begins."""
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: {"model": models.Problem, "description": "An id, token, cursor or body that can be none; says why."},
     401: {"model": models.Problem, "description": "The token is missing or wrong."},
+    403: {"model": models.Problem, "description": "Without a token: a page of another site, or another host, asks."},
     404: {"model": models.Problem, "description": "There is no such run or hook."},
+    409: {"model": models.Problem, "description": "The processor refused; or the run has no result to give."},
+    413: {
+        "model": models.Problem,
+        "description": "The body is over the gateway's limit, or a payload over a record's.",
+    },
     422: {"model": models.Problem, "description": "The request is not as it must be; says where."},
     503: {"model": models.Problem, "description": "The broker does not answer."},
     504: {"model": models.Problem, "description": "No processor has answered in time."},
@@ -49,7 +56,8 @@ def create_gateway(
         client: who talks to the broker; or a URL, ``DURABLY_URL`` by default, for a client of its own.
         token: what callers of the API send as ``Authorization: Bearer``. None asks for nothing: serve it on a loopback
             address only, or behind what authenticates. Webhooks and health ask for none.
-        local: without a token, whether callers must have named this machine by a loopback name.
+        local: without a token, whether callers must have named this machine by a loopback name. A `GatewayThread`
+            switches it on.
         public_url: what people reach the gateway by, for the URL of the requests that workflows receive; by default
             what each request says of itself. No header of a proxy is believed.
         projection: a file for the list of runs, so that the next start is fast; in memory by default.
@@ -57,7 +65,8 @@ def create_gateway(
         response_timeout: seconds that the caller of a webhook waits for a step's response.
 
     Raises:
-        ConfigurationError: the token is empty, or a setting of the client is not as it must be.
+        ConfigurationError: the token is empty, a setting of the client is not as it must be, or the projection's file
+            cannot be opened.
     """
     guard = Guard(token, local=local)
     gateway = Gateway(client, projection=projection, public_url=public_url, response_timeout=response_timeout)
@@ -79,10 +88,10 @@ def create_gateway(
         redirect_slashes=False,  # a token or an id may end with a slash
         generate_unique_id_function=lambda route: route.name,  # what clients made of the document call their methods
     )
-    app.state.gateway = gateway
+    app.state.gateway, app.state.guard = gateway, guard
     problems.install(app)
     app.add_middleware(BodyLimit, limit=max_body)
-    api = APIRouter(prefix=API, dependencies=[Depends(guard)], responses=_PROBLEMS)
+    api = APIRouter(prefix=API, dependencies=[Depends(bearer)], responses=_PROBLEMS, route_class=GuardedRoute)
     # Ids and tokens may hold slashes, so what is more specific stands first.
     for part in (hooks.router, streams.router, runs.router, health.installation):
         api.include_router(part)

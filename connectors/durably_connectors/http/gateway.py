@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 from durably.client import AsyncClient
+from durably.errors import DurablyError
 from durably.jsonable import to_json
 from fastapi import Depends, Request
 from starlette.responses import Response
 
-from durably_connectors.http.projection import Projection
+from durably_connectors.http.projection import Projection, checked_file
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
+    from concurrent.futures import Future
     from pathlib import Path
 
     from durably.client.connection import Connection
@@ -25,6 +28,7 @@ MAX_BODY = 10 * 1024 * 1024
 """Bytes of a request's body, by default."""
 RESPONSE_TIMEOUT = 30.0
 """Seconds that the caller of a webhook waits for a step's response, by default."""
+_BROKER = 5.0  # seconds for the broker to answer
 
 
 class Gateway:
@@ -35,6 +39,9 @@ class Gateway:
         projection: the file of the list of runs; in memory by default.
         public_url: what people reach the gateway by, ``https://hooks.example.com``; else what requests say.
         response_timeout: seconds that the caller of a webhook waits for a step's response.
+
+    Raises:
+        ConfigurationError: the projection's file cannot be opened, or a setting of the client is not as it must be.
     """
 
     def __init__(
@@ -45,6 +52,8 @@ class Gateway:
         public_url: str | None = None,
         response_timeout: float = RESPONSE_TIMEOUT,
     ) -> None:
+        if projection is not None:
+            checked_file(projection)
         self._owned = not isinstance(client, AsyncClient)
         self.client = client if isinstance(client, AsyncClient) else AsyncClient(client)
         self.public_url = None if public_url is None else public_url.rstrip("/")
@@ -53,6 +62,8 @@ class Gateway:
         self._lock = threading.Lock()
         self._projection: Projection | None = None
         self._leaving: set[asyncio.Future[None]] = set()
+        self._prober = ThreadPoolExecutor(1, thread_name_prefix="durably-ready")
+        self._probe: Future[str | None] | None = None
 
     @property
     def connection(self) -> Connection:
@@ -81,26 +92,54 @@ class Gateway:
             if not future.done():
                 future.set_result(None)
 
-    async def or_leaving(self, awaitable: Awaitable[T]) -> T | None:
-        """What it gives; None where the server stops before, and then it is cancelled."""
-        task, leaving = asyncio.ensure_future(awaitable), self.leaving()
-        either: set[asyncio.Future[Any]] = {task, leaving}
+    async def while_wanted(self, request: Request, awaitable: Awaitable[T]) -> T | None:
+        """What it gives; None where the client goes before, or the server stops, and then it is cancelled.
+
+        Args:
+            request: who asks. Its body must have been read, or be of no interest.
+            awaitable: what may take long.
+        """
+        task, leaving, gone = asyncio.ensure_future(awaitable), self.leaving(), asyncio.ensure_future(_gone(request))
+        any_: set[asyncio.Future[Any]] = {task, leaving, gone}
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(any_, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done() and not task.done():
+                gone.result()  # raises where the client sends more than it may
             return task.result() if task.done() else None
         finally:
-            leaving.cancel()
-            task.cancel()
-            await asyncio.wait({task})
+            for future in any_:
+                future.cancel()
+            await asyncio.wait({task, gone})
+
+    async def broker_problem(self) -> str | None:
+        """Why the broker does not answer, or None. All who ask at once share one question, on a thread of its own."""
+        if self._probe is None or self._probe.done():
+            self._probe = self._prober.submit(self._ask_broker)
+        answered = asyncio.wrap_future(self._probe)
+        done, _ = await asyncio.wait([answered], timeout=_BROKER)
+        return answered.result() if done else f"{self.connection.broker.url} does not answer within {_BROKER:g} s"
+
+    def _ask_broker(self) -> str | None:
+        try:
+            self.connection.broker.topics(_BROKER)
+        except DurablyError as e:
+            return str(e)
+        return None
 
     async def close(self) -> None:
         """Lets go of the list, and of the client where it is the gateway's own. A request opens it again."""
         with self._lock:
             projection, self._projection = self._projection, None
         if projection is not None:
-            projection.stop()
+            await asyncio.to_thread(projection.stop)
         if self._owned:
             await self.client.close()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has closed the connection; what it still sends is read over."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _of(request: Request) -> Gateway:  # a plain function would be called on a thread

@@ -6,16 +6,15 @@ import asyncio
 from typing import Annotated
 
 from durably.client.liveness import round_trips
-from durably.errors import DurablyError
+from durably.errors import ConfigurationError
 from fastapi import APIRouter, Query
 
 from durably_connectors.http import models
-from durably_connectors.http.gateway import Gateway, GatewayOf, Json
-
-_BROKER = 5.0  # seconds for the broker to answer
+from durably_connectors.http.gateway import GatewayOf, Json
+from durably_connectors.http.security import GuardedRoute
 
 router = APIRouter(tags=["health"])
-installation = APIRouter(tags=["health"])
+installation = APIRouter(tags=["health"], route_class=GuardedRoute)
 """What asks a question of every processor, and so belongs to the API."""
 
 
@@ -34,19 +33,15 @@ async def health() -> Json:
 @router.head("/ready", include_in_schema=False)
 async def ready(gateway: GatewayOf) -> Json:
     """The broker answers, and the list of runs is complete."""
-    problem = await asyncio.to_thread(_problem, gateway)
-    return Json({"healthy": problem is None, "problem": problem}, 200 if problem is None else 503)
-
-
-def _problem(gateway: Gateway) -> str | None:
-    projection = gateway.projection
     try:
-        gateway.connection.broker.topics(_BROKER)
-    except DurablyError as e:
-        return str(e)
-    if projection.problem is not None:
-        return projection.problem
-    return None if projection.wait_ready(0) else "the list of runs is still being read"
+        projection = gateway.projection
+        problem = await gateway.broker_problem() or projection.problem
+    except ConfigurationError as e:
+        problem = str(e)
+    else:
+        if problem is None and not projection.is_ready:
+            problem = "the list of runs is still being read"
+    return Json({"healthy": problem is None, "problem": problem}, 200 if problem is None else 503)
 
 
 @installation.get(

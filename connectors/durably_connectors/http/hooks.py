@@ -13,16 +13,17 @@ from durably.identifiers import ulid
 from durably_schemas.records import Payload, RunSummary
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 
-from durably_connectors.http import models
+from durably_connectors.http import documents, models
 from durably_connectors.http.gateway import Gateway, GatewayOf, Json
 from durably_connectors.http.problems import Problem
 from durably_connectors.http.projection import RunQuery
 from durably_connectors.http.runs import RunId, listed
+from durably_connectors.http.security import GuardedRoute
 
 LONGEST_KEY = 255
 """Characters of an Idempotency-Key."""
 
-router = APIRouter(tags=["hooks"])
+router = APIRouter(tags=["hooks"], route_class=GuardedRoute)
 
 
 async def _token(token: Annotated[str, Path(description="The hook's token, percent-encoded.")]) -> str:
@@ -86,15 +87,15 @@ async def _payload(request: Request) -> Payload:
     if media == payloads.MSGPACK:
         try:
             msgspec.msgpack.decode(body)  # as far as that goes: its extensions are for the workflow to read
-        except msgspec.DecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise Problem(400, "not-msgpack", f"the body is no msgpack: {e}") from None
-        return Payload(content_type=payloads.MSGPACK, data=body)
+        return payloads.encode(Payload(content_type=payloads.MSGPACK, data=body))
     if media == payloads.JSON or media.endswith("+json"):
         try:
-            msgspec.json.decode(body)
-        except msgspec.DecodeError as e:
+            documents.parsed(body)
+        except ValueError as e:
             raise Problem(400, "not-json", f"the body is no JSON: {e}") from None
-        return Payload(content_type=payloads.JSON, data=body)
+        return payloads.encode(Payload(content_type=payloads.JSON, data=body))
     if media.startswith("text/"):
         try:
             return payloads.dump(body.decode(), "the payload")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from durably_schemas.records import RunStatus
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,7 +21,9 @@ class StartRequest(_In):
     input: list[Any] | dict[str, Any] | None = Field(None, description="Either of the two, by its form.")
     run_id: str | None = Field(None, description="An id of your own: starting it again attaches to the first run.")
     attributes: dict[str, str] = Field(default_factory=dict, description="Texts to find the run by.")
-    delay: float | str | None = Field(None, description='Waits before the workflow begins: seconds, or "10s".')
+    delay: Annotated[float, Field(strict=True)] | str | None = Field(
+        None, description='Waits before the workflow begins: seconds, or "10s".'
+    )
 
 
 class CancelRequest(_In):
@@ -61,7 +63,9 @@ class Run(BaseModel):
     workflow: str
     status: RunStatus
     created_at: int
-    events: int = Field(description="How many entries its log has.")
+    events: int = Field(
+        description="How many entries its log has; in a list, had when its status, attributes or hooks last changed."
+    )
     attributes: dict[str, str]
     parent: Parent | None = None
     started_at: int | None = None

@@ -17,6 +17,7 @@ from durably.errors import (
 from durably.jsonable import to_json
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 if TYPE_CHECKING:
@@ -97,15 +98,25 @@ def install(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        found = [{"at": ".".join(map(str, e["loc"])), "problem": e["msg"]} for e in error.errors()]
+        found = [{"at": ".".join(map(str, e["loc"])), "problem": _said(e)} for e in error.errors()]
         detail = "; ".join(f"{e['at']}: {e['problem']}" for e in found)
         return Problem(422, "invalid-request", detail, errors=found).response()
 
     async def unforeseen(_: Request, error: Exception) -> Response:
         return Problem(500, "internal-error", f"an error that nobody foresaw: {type(error).__name__}").response()
 
+    async def gone(*_: object) -> Response:
+        return Problem(400, "client-gone", "the client went before its body was complete").response()  # to nobody
+
     for kind in (Problem, DurablyError, TimeoutError):
         app.add_exception_handler(kind, known)
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(HTTPException, by_status)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, unforeseen)
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    """What pydantic says of one field; of a body that is no JSON, why."""
+    why = error.get("ctx", {}).get("error") if error["type"] == "json_invalid" else None
+    return error["msg"] if why is None else f"{error['msg']}: {why}"

@@ -7,10 +7,11 @@ import logging
 import sqlite3
 import threading
 from binascii import Error as NotBase64
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from durably.broker.port import TP, End, Message
+from durably.errors import ConfigurationError
 from durably_schemas import CodecError
 from durably_schemas.records import RunStatus, RunSummary
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from durably.client.connection import Connection
 
 log = logging.getLogger("durably.gateway")
+
+_Instant = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # that SQLite can hold
 
 _POLL = 0.5  # seconds; how long stopping may take
 _BATCH = 5_000
@@ -70,14 +73,16 @@ class Projection:
     Args:
         connection: whose broker is read.
         path: the database's file, which makes the next start fast; by default it lies in memory.
+
+    Raises:
+        ConfigurationError: the file cannot be opened.
     """
 
     def __init__(self, connection: Connection, path: Path | None = None) -> None:
         self._connection = connection
         self._path = path
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False)
-        self._db.executescript(_SCHEMA)
+        self._db = _opened(path)
         self._positions: dict[TP, int] = {}
         self._missing: dict[TP, int] = {}
         self._stopping = threading.Event()
@@ -98,12 +103,22 @@ class Projection:
         with self._lock:
             self._db.close()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether everything that was in the topic at the start has been read."""
+        return self._caught_up.is_set()
+
     def wait_ready(self, timeout: float) -> bool:
-        """Whether everything that was in the topic at the start has been read; waits for it up to so many seconds."""
+        """As `is_ready`; waits for it up to so many seconds."""
         return self._caught_up.wait(timeout)
 
     def runs(self, query: RunQuery, limit: int, cursor: str | None = None) -> Page:
-        """A page of the runs that match, newest first. Raises `ValueError` for a cursor that is none of ours."""
+        """A page of the runs that match, newest first.
+
+        Raises:
+            ValueError: the cursor is none of ours.
+            sqlite3.Error: the file is damaged, gone or full.
+        """
         where, values = _conditions(query)
         if cursor is not None:
             where.append("(created_at, run_id) < (?, ?)")
@@ -199,6 +214,32 @@ class Projection:
             self._caught_up.set()
 
 
+def checked_file(path: Path) -> None:
+    """Raises `ConfigurationError` where the list of runs cannot be kept in a file."""
+    _opened(path).close()
+
+
+def _opened(path: Path | None) -> sqlite3.Connection:
+    if path is None:
+        db = sqlite3.connect(":memory:", check_same_thread=False)
+        db.executescript(_SCHEMA)
+        return db
+    try:
+        db = sqlite3.connect(path, check_same_thread=False)
+        try:
+            db.executescript(_SCHEMA)
+            db.executescript("BEGIN IMMEDIATE; ROLLBACK;")  # a file that has the tables may yet be read-only
+        except BaseException:
+            db.close()
+            raise
+    except sqlite3.Error as e:
+        raise ConfigurationError(
+            f"the list of runs cannot be kept in {path}: {e}; name a file that can be written in a folder that exists, "
+            f"with --projection, or delete one that is damaged"
+        ) from e
+    return db
+
+
 def _conditions(query: RunQuery) -> tuple[list[str], list[Any]]:
     where: list[str] = []
     values: list[Any] = []
@@ -228,6 +269,6 @@ def _cursor(run: RunSummary) -> str:
 
 def _position(cursor: str) -> tuple[int, str]:
     try:
-        return msgspec.json.decode(base64.urlsafe_b64decode(cursor), type=tuple[int, str])
+        return msgspec.json.decode(base64.urlsafe_b64decode(cursor), type=tuple[_Instant, str])
     except (NotBase64, ValueError, msgspec.MsgspecError):
         raise ValueError(f"cursor {cursor!r:.100} is none: give the next_cursor of the page before") from None

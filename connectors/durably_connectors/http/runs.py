@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import time
 from datetime import UTC, datetime
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import msgspec
-from durably import failures
+from durably import failures, payloads
 from durably.client import AsyncRun
 from durably.client.exchange import answer_async, answer_within_async, query, submit_async
 from durably.client.outcome import summary_of
 from durably.client.starting import StartOptions
 from durably.errors import ConfigurationError
 from durably.identifiers import checked_run_id
-from durably.payloads import JSON
 from durably_schemas.records import TERMINAL, Event, Payload, ReplyTo, RunStatus, RunSummary, StartRun
-from fastapi import APIRouter, Depends, Path, Query
+from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import StringConstraints
 
 from durably_connectors.http import models
 from durably_connectors.http.gateway import Gateway, GatewayOf, Json
 from durably_connectors.http.problems import Problem
 from durably_connectors.http.projection import Page, RunQuery
+from durably_connectors.http.security import GuardedRoute
 
 LONGEST_WAIT = 300.0
 """Seconds that one request for a result may wait."""
 _ANSWER = 10.0  # seconds for a processor to answer a start, which is durable without its answer
 _COMPLETE = 10.0  # seconds for the list of runs to be complete, after the gateway's start
+_LOOK = 0.02  # seconds between two looks whether it is
+_LARGEST = 2**63 - 1  # that a record or the list of runs can hold
 
-router = APIRouter(prefix="/runs", tags=["runs"])
+router = APIRouter(prefix="/runs", tags=["runs"], route_class=GuardedRoute)
 
 
 async def _run_id(run_id: Annotated[str, Path(description="The run's id, percent-encoded.")]) -> str:
@@ -76,12 +80,12 @@ def _command(asked: models.StartRequest) -> StartRun:
     given = [value for value in (asked.args, asked.kwargs, asked.input) if value is not None]
     if len(given) > 1:
         raise Problem(422, "invalid-request", "give one of args, kwargs and input: a call is by position or by name")
-    payload = Payload(content_type=JSON, data=msgspec.json.encode(given[0] if given else []))
+    payload = Payload(content_type=payloads.JSON, data=msgspec.json.encode(given[0] if given else []))
     try:
         options = StartOptions(run_id=asked.run_id, attributes=asked.attributes, delay=asked.delay)
     except (ConfigurationError, ValueError, TypeError) as e:
         raise Problem(422, "invalid-request", str(e)) from None
-    return options.named().command(asked.workflow, payload)
+    return options.named().command(asked.workflow, payloads.encode(payload))
 
 
 def _started(code: int, run_id: str, status: RunStatus, *, existing: bool) -> Json:
@@ -97,7 +101,7 @@ async def runs(
     status: Annotated[list[RunStatus], Query(description="Only runs that are this, or one of these.")] = [],  # noqa: B006 - FastAPI copies
     attribute: Annotated[
         list[Annotated[str, StringConstraints(pattern="^[^=]+=")]],
-        Query(description="Only runs with this attribute, as KEY=VALUE. Repeatable."),
+        Query(description="Only runs with this attribute, as KEY=VALUE; in a KEY, %3D stands for =. Repeatable."),
     ] = [],  # noqa: B006 - as above
     created_from: Annotated[datetime | None, Query(description="Only runs of this instant or later.")] = None,
     created_to: Annotated[datetime | None, Query(description="Only runs before this instant.")] = None,
@@ -117,8 +121,9 @@ async def runs(
 
 
 def _pair(text: str) -> tuple[str, str]:
+    """The first = ends the name; one within it is percent-encoded, once more than the query as a whole is."""
     name, _, value = text.partition("=")
-    return name, value
+    return unquote(name), value
 
 
 def _milliseconds(instant: datetime | None) -> int | None:
@@ -131,21 +136,32 @@ async def listed(gateway: Gateway, wanted: RunQuery, limit: int, cursor: str | N
     """A page of the list of runs.
 
     Raises:
-        Problem: with 503 while the list is not complete, with 400 for a bad cursor.
+        Problem: with 503 while the list is not complete or cannot be read, with 400 for a bad cursor.
     """
-    projection = gateway.projection
-    if not await asyncio.to_thread(projection.wait_ready, _COMPLETE):
+    try:
+        projection = gateway.projection
+    except ConfigurationError as e:  # the file was taken away while the gateway was closed
+        raise Problem(503, "not-ready", str(e)) from None
+    until = time.monotonic() + _COMPLETE
+    # Looked at again and again, because all who wait would otherwise hold a thread each, and keep them from others.
+    while not projection.is_ready and projection.problem is None and time.monotonic() < until:  # noqa: ASYNC110 - by a thread
+        await asyncio.sleep(_LOOK)
+    if not projection.is_ready:
         why = projection.problem or "it is still being read"
         raise Problem(503, "not-ready", f"the list of runs is not complete: {why}", {"Retry-After": "5"})
     try:
         return await asyncio.to_thread(projection.runs, wanted, limit, cursor)
+    except sqlite3.Error as e:
+        raise Problem(503, "unavailable", f"the list of runs cannot be read: {e}", {"Retry-After": "5"}) from None
     except ValueError as e:
         raise Problem(400, "bad-cursor", str(e)) from None
 
 
 @router.get("/{run_id:path}/events", response_model=models.Events)
 async def events(
-    gateway: GatewayOf, run_id: RunId, from_seq: Annotated[int, Query(ge=1, description="The first entry.")] = 1
+    gateway: GatewayOf,
+    run_id: RunId,
+    from_seq: Annotated[int, Query(ge=1, le=_LARGEST, description="The first entry.")] = 1,
 ) -> Json:
     """A page of a run's log, as committed."""
     reply = await answer_async(gateway.connection, run_id, query(run_id, "EVENTS", from_seq))
@@ -165,6 +181,7 @@ async def events(
 async def result(
     gateway: GatewayOf,
     run_id: RunId,
+    request: Request,
     wait: Annotated[float, Query(ge=0, le=LONGEST_WAIT, description="Seconds to wait for the end of the run.")] = 0,
 ) -> Json:
     """What a run returned; waits for its end."""
@@ -174,7 +191,7 @@ async def result(
     if ended or wait > 0:
         limit = connection.timeout if ended else wait
         asking = answer_within_async(connection, run_id, query(run_id, "RESULT"), limit)
-        reply = await gateway.or_leaving(asking)
+        reply = await gateway.while_wanted(request, asking)
         if reply is not None:
             summary = summary_of(reply, run_id)
             if summary.status == "completed":

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from typing import Annotated
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from durably.errors import ConfigurationError
-from fastapi import Depends
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from durably_connectors.http.documents import StrictRequest
 from durably_connectors.http.problems import Problem
 
-_bearer = HTTPBearer(auto_error=False, description="The token that the gateway was started with, if any.")
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+bearer = HTTPBearer(auto_error=False, description="The token that the gateway was started with, if any.")
+"""What OpenAPI says of the API's routes. It is `GuardedRoute` that asks for the token."""
 
 
 def is_loopback(host: str) -> bool:
@@ -37,7 +44,7 @@ def checked_binding(host: str, token: str | None) -> None:
 
 
 class Guard:
-    """Decides whether a request may use the API; a dependency of its routes. Webhooks and health do without.
+    """Decides whether a request may use the API. Webhooks and health do without.
 
     Args:
         token: what callers must send as ``Authorization: Bearer``; None asks for none.
@@ -52,15 +59,13 @@ class Guard:
         if token is not None and not token.strip():
             raise ConfigurationError("the gateway's token is empty: use a secret, or None for no token")
         self._token = token
-        self._local = local
+        self.local = local
 
-    async def __call__(
-        self, request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-    ) -> None:
-        """Raises `Problem` with 401 or 403."""
+    def check(self, request: Request) -> None:
+        """Looks at the head of a request alone. Raises `Problem` with 401 or 403."""
         if self._token is not None:
-            given = credentials.credentials if credentials is not None else ""
-            if not hmac.compare_digest(given.encode(), self._token.encode()):
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token.encode()):
                 raise Problem(
                     401,
                     "unauthorized",
@@ -69,16 +74,47 @@ class Guard:
                 )
             return
         host = request.headers.get("host", "")
-        if self._local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self.local and not is_loopback(_hostname(host)):
             raise Problem(403, "forbidden", f"this gateway serves its own machine only, and was called as {host!r}")
         # A page of another site may send simple requests without asking first; it cannot hide where it is from.
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _netloc(origin) != host:
             raise Problem(403, "forbidden", f"a page of {origin} may not use this gateway without its token")
 
 
+def _hostname(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # such as "[": a bracket that nothing closes
+        return ""
+
+
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
+
+
+class GuardedRoute(APIRoute):
+    """A route of the API: its guard, ``app.state.guard``, is asked before anything of the body is read."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As that of FastAPI, behind the guard, and with bodies that are read as `StrictRequest` does."""
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            request.app.state.guard.check(request)
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return guarded
+
+
 class BodyLimit:
-    """ASGI middleware: a request whose body has more than ``limit`` bytes ends with 413, however it declares it."""
+    """ASGI middleware: a request whose body has more than ``limit`` bytes ends with 413.
+
+    One that declares its length is answered before anything is read; of another one, what comes is counted.
+    """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -89,6 +125,10 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        too_large = f"the body has more than {self._limit:,} bytes, which is the limit here"
+        if _declared(scope) > self._limit:
+            await Problem(413, "too-large", too_large).response()(scope, receive, send)
+            return
         taken = 0
 
         async def counted() -> Message:
@@ -97,7 +137,15 @@ class BodyLimit:
             if message["type"] == "http.request":
                 taken += len(message.get("body", b""))
                 if taken > self._limit:
-                    raise HTTPException(413, f"the body has more than {self._limit:,} bytes, which is the limit here")
+                    raise HTTPException(413, too_large)
             return message
 
         await self._app(scope, counted, send)
+
+
+def _declared(scope: Scope) -> int:
+    """The length that a request declares. Servers have checked it; 0 where it declares none."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value[:20])  # more digits do not make it smaller, and Python refuses to read thousands
+    return 0

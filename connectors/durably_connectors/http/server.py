@@ -103,7 +103,9 @@ class GatewayThread:
 
     def start(self) -> None:
         """Begins to serve. Who connected before is served then."""
-        self._server = _Server(self._make())
+        app = self._make()
+        app.state.guard.local = True  # nobody else reaches it, except by a browser that was lured to 127.0.0.1
+        self._server = _Server(app)
         self._thread = threading.Thread(target=self._server.run, args=([self._listening],), name="durably-gateway")
         self._thread.start()
 

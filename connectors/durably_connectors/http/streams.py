@@ -7,6 +7,7 @@ import base64
 from typing import TYPE_CHECKING, Annotated, Any
 
 from durably.client import AsyncRun
+from durably.client.stream import shown_async
 from durably.errors import DurablyError
 from durably.jsonable import to_json
 from durably.streams import checked_namespace
@@ -17,15 +18,17 @@ from durably_connectors.http import models
 from durably_connectors.http.gateway import Gateway, GatewayOf, Json
 from durably_connectors.http.problems import Problem
 from durably_connectors.http.runs import RunId
+from durably_connectors.http.security import GuardedRoute
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 HEARTBEAT = 15.0
 """Seconds of silence after which a comment is sent, so that nobody between takes the connection for dead."""
+_LONGEST_INDEX = 18  # digits
 _ENDED = object()
 
-router = APIRouter(prefix="/runs", tags=["streams"])
+router = APIRouter(prefix="/runs", tags=["streams"], route_class=GuardedRoute)
 
 
 @router.get("/{run_id:path}/streams", response_model=models.Streams)
@@ -41,7 +44,8 @@ async def streams(gateway: GatewayOf, run_id: RunId) -> Json:
         200: {
             "description": "Each value is an event: its id is the value's index, its data are JSON. Bytes are events "
             "named `bytes`, in base64. The end of the stream is an event named `end`; an error that ended it is one "
-            "named `failed`, with its type and detail.",
+            "named `failed`, with its type and detail. What cannot be read here is an object of `content_type` and "
+            "`base64`.",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         },
     },
@@ -71,12 +75,13 @@ async def follow(
     else:
         start = start_index
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is for nginx
-    events = _events(gateway, run.stream(namespace, start), start)
+    values = shown_async(gateway.connection, run_id, namespace, start, AsyncRun)
+    events = _events(gateway, values, start)
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
 def _after(event_id: str) -> int:
-    if not event_id.isascii() or not event_id.isdigit():
+    if not event_id.isascii() or not event_id.isdigit() or len(event_id) > _LONGEST_INDEX:
         raise Problem(400, "bad-last-event-id", f"Last-Event-ID {event_id!r:.100} is none of a stream's: an index is")
     return int(event_id) + 1
 

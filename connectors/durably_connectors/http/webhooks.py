@@ -86,10 +86,17 @@ async def _call(gateway: Gateway, token: str, request: requests.Request) -> resp
     key = request.headers.get("idempotency-key")
     if key is not None and not 0 < len(key) <= LONGEST_KEY:
         raise Problem(400, "bad-idempotency-key", f"an Idempotency-Key has 1 to {LONGEST_KEY} characters")
-    # Senders choose their keys without regard to other webhooks of the run, whose deliveries are told apart by id.
-    resume_id = f"{call.hook.hook_id}:{key}" if key is not None else ulid()
     received = await _received(gateway, token, call.hook.run_id, request)
-    answer = await call.make(gateway.connection, received, resume_id, timeout=gateway.response_timeout)
+    try:
+        run = await call.deliver(gateway.connection, received, key or ulid())
+        waiting = call.answered(gateway.connection, run, gateway.response_timeout)
+        answer = await gateway.while_wanted(request, waiting)
+    finally:
+        call.forget()
+    if answer is None:
+        raise Problem(
+            504, "no-answer", f"run {run.run_id} has the request, but the gateway stops: its response is lost"
+        )
     return _response(gateway.connection, answer)
 
 

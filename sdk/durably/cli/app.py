@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from durably.cli import gateway, health, hooks, processes, runs, start, topics
@@ -17,6 +19,26 @@ _runs = typer.Typer(help="Looks at runs, cancels them, and does them again.", no
 _hooks = typer.Typer(help="Looks at what runs wait for, and gives it to them.", no_args_is_help=True)
 _topics = typer.Typer(help="Creates topics, and checks them.", no_args_is_help=True)
 _schemas = typer.Typer(help="The wire contract.", no_args_is_help=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("durably"))
+        raise typer.Exit
+
+
+@app.callback()
+def _before_commands(
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON; as behind the command.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """What stands before a command. `durably.cli.shell.command` looks at it."""
+
 
 command(app, "dev")(processes.dev)
 command(app, "processor")(processes.processor)

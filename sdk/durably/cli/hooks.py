@@ -4,14 +4,16 @@ from typing import Annotated
 
 import typer
 
-from durably.cli.shell import Shell
+from durably.cli.shell import Shell, checked_id
 
 Token = Annotated[str, typer.Argument(help="The hook's token.", show_default=False)]
 
 
 def list_(
     shell: Shell,
-    run_id: Annotated[str | None, typer.Option("--run", metavar="RUN", help="Only hooks of this run.")] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", callback=checked_id, help="Only hooks of this run.")
+    ] = None,
     workflow: Annotated[str | None, typer.Option(help="Only hooks of runs of this workflow.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
 ) -> None:
@@ -61,12 +63,14 @@ def resume(
     import msgspec
     from durably_schemas.records import Payload
 
+    from durably import payload_codec
     from durably.cli.start import parsed
     from durably.client.hooks import resume_hook
-    from durably.payloads import JSON
+    from durably.payloads import JSON, encode
 
     value = None if payload is None else parsed(payload, "the payload")
+    payload_codec.installed()  # a wrong setting should be told before anything is sent
     with shell.connection() as connection:
-        sent = Payload(content_type=JSON, data=msgspec.json.encode(value))
+        sent = encode(Payload(content_type=JSON, data=msgspec.json.encode(value)))
         run = resume_hook(connection, token, sent, resume_id)
     shell.show({"token": token, "run_id": run.run_id}, lambda: f"run {run.run_id} has it")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from durably.cli.gateway import PORT, beside
-from durably.cli.shell import Shell
+from durably.cli.shell import Shell, checked_queues
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -21,7 +21,12 @@ Modules = Annotated[
 ]
 Queues = Annotated[
     list[str],
-    typer.Option("--queue", help="A queue of step-requests to serve. Repeatable.", default_factory=lambda: ["default"]),
+    typer.Option(
+        "--queue",
+        callback=checked_queues,
+        help="A queue of step-requests to serve. Repeatable.",
+        default_factory=lambda: ["default"],
+    ),
 ]
 Concurrency = Annotated[int, typer.Option(min=1, help="How many steps run at once.")]
 

@@ -5,9 +5,9 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from durably.cli.shell import Shell
+from durably.cli.shell import Shell, checked_id
 
-RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.", show_default=False)]
+RunId = Annotated[str, typer.Argument(metavar="RUN", callback=checked_id, help="The run's id.", show_default=False)]
 
 
 def list_(
@@ -21,7 +21,7 @@ def list_(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
 ) -> None:
-    """Lists runs, newest first."""
+    """Lists runs, newest first. In JSON, `events` is the log's length when the status, attributes or hooks last changed."""
     from durably_schemas.records import RunStatus
 
     from durably.cli import output
@@ -78,16 +78,15 @@ def rerun(
     shell: Shell,
     run_id: RunId,
     new: Annotated[
-        str | None, typer.Option("--run-id", help="An id for the new run; an existing run is attached to.")
+        str | None,
+        typer.Option("--run-id", callback=checked_id, help="An id for the new run; an existing run is attached to."),
     ] = None,
 ) -> None:
     """Starts a new run with the workflow, input and attributes of another one. What that one did is done again."""
     from durably.client.run import Run
-    from durably.identifiers import checked_run_id
 
-    chosen = None if new is None else checked_run_id(new)
     with shell.connection() as connection:
-        run = Run[object](connection, run_id).rerun(run_id=chosen)
+        run = Run[object](connection, run_id).rerun(run_id=new)
     shell.show({"run_id": run.id, "rerun_of": run_id}, lambda: run.id)
 
 
@@ -129,11 +128,13 @@ def stream(
 ) -> None:
     """Prints the values of a stream as they come, until it ends."""
     from durably.client.run import Run
+    from durably.client.stream import shown
 
     with shell.connection() as connection:
-        run = Run[object](connection, run_id)
-        run.describe()  # a stream may be awaited before its run exists; who types an id has more likely mistyped it
-        for value in run.stream(name, start):
+        Run[object](
+            connection, run_id
+        ).describe()  # a stream may be awaited before its run exists; who types an id has more likely mistyped it
+        for value in shown(connection, run_id, name, start, Run):
             if isinstance(value, str) and not shell.json:
                 typer.echo(value)
             else:

@@ -33,6 +33,7 @@ _COMMON = {
     "json": Annotated[bool, typer.Option("--json", help="Print JSON.")],
     "verbose": Annotated[bool, typer.Option("--verbose", help="Print the traceback of an error.")],
 }
+_CONTEXT = "context"
 _PIPE_WIDTH = 240
 _NOT_GIVEN = {"url": None, "namespace": None, "json": False, "verbose": False}
 
@@ -126,6 +127,29 @@ class Shell:
             typer.secho(f"unexpected error: {kind}: {message}{hint}", fg="red", err=True)
 
 
+def checked_id(run_id: str | None) -> str | None:
+    """The callback of options and arguments that are a run's id. Raises `typer.BadParameter` where none may be this."""
+    from durably.errors import ConfigurationError
+    from durably.identifiers import checked_run_id
+
+    try:
+        return None if run_id is None else checked_run_id(run_id)
+    except ConfigurationError as e:
+        raise typer.BadParameter(str(e)) from None
+
+
+def checked_queues(queues: list[str]) -> list[str]:
+    """The callback of options that are queues. Raises `typer.BadParameter` where no queue may have such a name."""
+    from durably_schemas import Catalogue
+
+    try:
+        for queue in queues:
+            Catalogue().requests(queue)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from None
+    return queues
+
+
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function as a command that has the common options beside its own.
 
@@ -137,7 +161,9 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
 
         @wraps(fn)
         def run(**given: Any) -> None:
-            shell = Shell(**{option: given.pop(option) for option in _COMMON})
+            common = {option: given.pop(option) for option in _COMMON}
+            common["json"] |= given.pop(_CONTEXT).find_root().params["json"]
+            shell = Shell(**common)
             try:
                 fn(shell, **given)
             except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -152,13 +178,14 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
                 shell.fail(e)
                 raise typer.Exit(1) from None
 
-        common = [
+        shared = [
             inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=_NOT_GIVEN[option], annotation=annotation)
             for option, annotation in _COMMON.items()
         ]
+        shared.append(inspect.Parameter(_CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(own.parameters.values())[1:]]
-        run.__signature__ = own.replace(parameters=[*parameters, *common])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in (*parameters, *common)}
+        run.__signature__ = own.replace(parameters=[*parameters, *shared])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*parameters, *shared)}
         app.command(name)(run)
         return fn
 

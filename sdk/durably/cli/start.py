@@ -6,6 +6,8 @@ import typer
 
 from durably.cli.shell import Shell
 
+_SHOWN = 200  # characters of an argument that a message repeats
+
 
 def start(
     shell: Shell,
@@ -30,9 +32,11 @@ def start(
     import msgspec
     from durably_schemas.records import Payload
 
+    from durably import payload_codec
     from durably.client.client import Starter
     from durably.client.starting import StartOptions
-    from durably.payloads import JSON
+    from durably.errors import ConfigurationError
+    from durably.payloads import JSON, encode
 
     given = [parsed(text, f"argument {i}") for i, text in enumerate(arguments or (), 1)]
     if keywords is not None:
@@ -45,10 +49,11 @@ def start(
         document = given
     try:
         options = StartOptions(run_id=run_id, attributes=pairs(attribute), delay=delay)
-    except ValueError as e:
+    except (ValueError, ConfigurationError) as e:
         raise typer.BadParameter(str(e)) from None
+    payload_codec.installed()  # a wrong setting should be told before anything is sent
     with shell.connection() as connection:
-        payload = Payload(content_type=JSON, data=msgspec.json.encode(document))
+        payload = encode(Payload(content_type=JSON, data=msgspec.json.encode(document)))
         run = Starter(connection, options).start_payload(name, payload)
         if not wait:
             shell.show({"run_id": run.id}, lambda: run.id)
@@ -79,7 +84,8 @@ def parsed(text: str, what: str) -> Any:
 
     try:
         return msgspec.json.decode(text)
-    except msgspec.DecodeError as e:
+    except (ValueError, RecursionError) as e:  # an argument may hold bytes that are no UTF-8
+        shown = text[:_SHOWN].encode(errors="replace").decode()
         raise typer.BadParameter(
-            f"{what} is not JSON: {text} ({e}); a text needs double quotes within single ones: '\"{text}\"'"
+            f"{what} is not JSON: {shown} ({e}); a text needs double quotes within single ones: '\"{shown}\"'"
         ) from None

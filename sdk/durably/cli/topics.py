@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from durably.cli.shell import Shell
+from durably.cli.shell import Shell, checked_queues
 
 if TYPE_CHECKING:
     from durably_schemas import Catalogue
@@ -13,9 +13,15 @@ if TYPE_CHECKING:
 
     from durably.broker.port import Broker, TopicState
 
+_NEEDED = frozenset({"cleanup.policy", "message.timestamp.type"})  # by every topic
 Queues = Annotated[
     list[str],
-    typer.Option("--queue", help="A queue of step-requests. Repeatable.", default_factory=lambda: ["default"]),
+    typer.Option(
+        "--queue",
+        callback=checked_queues,
+        help="A queue of step-requests. Repeatable.",
+        default_factory=lambda: ["default"],
+    ),
 ]
 Partitions = Annotated[
     int | None, typer.Option(min=1, envvar="DURABLY_PARTITIONS", help="Of every topic.", show_default=False)
@@ -75,17 +81,19 @@ def export(
     from durably_schemas import Catalogue
     from durably_schemas.codec import RECORDS, schema_of
 
+    from durably.errors import ConfigurationError
     from durably.settings import Settings
 
     namespace = Settings.from_environment({}, url="embedded:", namespace=shell.namespace).namespace
-    catalogue = Catalogue(namespace)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{record.__name__}.avsc" for record in RECORDS]
-    for record, name in zip(RECORDS, names, strict=True):
-        (folder / name).write_text(json.dumps(schema_of(record.__name__), indent=2) + "\n")
-    topics = [msgspec.to_builtins(topic) for topic in catalogue.topics(tuple(queues))]
-    (folder / "topics.json").write_text(json.dumps(topics, indent=2) + "\n")
-    files = [*names, "topics.json"]
+    documents: dict[str, Any] = {f"{record.__name__}.avsc": schema_of(record.__name__) for record in RECORDS}
+    documents["topics.json"] = [msgspec.to_builtins(topic) for topic in Catalogue(namespace).topics(tuple(queues))]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, document in documents.items():
+            (folder / name).write_text(json.dumps(document, indent=2) + "\n")
+    except OSError as e:
+        raise ConfigurationError(f"cannot write to {folder}: {e}; name a folder that can be made or written to") from e
+    files = list(documents)
     shell.show({"folder": str(folder), "files": files}, lambda: "\n".join(str(folder / name) for name in files))
 
 
@@ -111,7 +119,7 @@ def _problems(topic: "Topic", state: "TopicState | None", *, keeps: bool) -> lis
         ))  # fmt: skip
     # How long inputs and streams are retained is the operator's choice; that the database is kept is not.
     for name, value in topic.config.items():
-        if (name == "cleanup.policy" or keeps) and state.config.get(name) != value:
+        if (name in _NEEDED or keeps) and state.config.get(name) != value:
             problems.append((
                 f"{name} is {state.config.get(name)!r} and must be {value!r}",
                 f"kafka-configs.sh --alter --entity-type topics --entity-name {topic.name} --add-config {name}={value}",

@@ -14,6 +14,7 @@ from durably.client.feeds import Feeds
 from durably.client.listing import DEFAULT_LIMIT, list_runs
 from durably.client.run import AsyncRun, Run
 from durably.client.starting import NamedOptions, StartOptions, call
+from durably.errors import ConfigurationError
 from durably.identifiers import checked_run_id
 from durably.settings import Settings
 
@@ -42,6 +43,12 @@ def _connection(
             connect(settings.url, settings.kafka, own=False), settings.catalogue, timeout=timeout, owned=True
         )
     return Connection(url, Catalogue(namespace or "durably"), timeout=timeout)
+
+
+def _named(workflow: str) -> str:
+    if not workflow:
+        raise ConfigurationError("the workflow's name is empty: give a function marked @workflow, or the name of one")
+    return workflow
 
 
 class Starter:
@@ -75,7 +82,7 @@ class Starter:
         return self._submit(self._options.named(), workflow, payload, None)
 
     def _submit(self, options: NamedOptions, name: str, payload: Payload, returns: Any) -> Run[Any]:
-        command = options.command(name, payload)
+        command = options.command(_named(name), payload)
         submit(self._connection, command)
         return Run(self._connection, command.run_id, returns)
 
@@ -111,7 +118,7 @@ class AsyncStarter:
         return await self._submit(self._options.named(), workflow, payload, None)
 
     async def _submit(self, options: NamedOptions, name: str, payload: Payload, returns: Any) -> AsyncRun[Any]:
-        command = options.command(name, payload)
+        command = options.command(_named(name), payload)
         await submit_async(self._connection, command)
         return AsyncRun(self._connection, command.run_id, returns)
 

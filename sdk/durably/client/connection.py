@@ -5,20 +5,26 @@ from __future__ import annotations
 import random
 import threading
 import time
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future, InvalidStateError, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from durably_schemas import Catalogue, Codec, CodecError
 from durably_schemas.records import Record, Reply, ReplyTo
 
 from durably.broker.port import TP, Broker, Message, Producer, Reader
-from durably.errors import BrokerUnreachable, ConfigurationError, DurablyError, RecordTooLarge
+from durably.errors import (
+    BrokerUnreachable,
+    ConfigurationError,
+    DurablyError,
+    RecordTooLarge,
+    SerializationError,
+)
 from durably.identifiers import ulid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 
@@ -70,6 +76,7 @@ class Connection:
         self._partition = -1
         self._questions: dict[str, _Question] = {}
         self._expected: dict[str, Future[Reply]] = {}
+        self._attempts: dict[Callable[[], Any], Future[Any]] = {}
 
     @property
     def is_open(self) -> bool:
@@ -89,14 +96,14 @@ class Connection:
             BrokerUnreachable: nobody answers.
         """
         with self._lock:
-            if self._closed.is_set():
-                raise DurablyError("this client is closed: make a new one")
-            if self._producer is None:
-                self.partitions(self.catalogue.commands)
-                self._producer = self.broker.producer()
-                self._acks = threading.Thread(target=self._collect_acks, name="durably-acks", daemon=True)
-                self._acks.start()
-            return self._producer
+            self._check_not_closed()
+            if self._producer is not None:
+                return self._producer
+        return self.opening().result()
+
+    def opening(self) -> Future[Producer]:
+        """As `open`, without waiting. All who come while it is tried share one attempt, and its error."""
+        return self._shared(self._open)
 
     def listen(self) -> int:
         """Positions a reader at the end of a partition of ``replies``, where that is still to be done.
@@ -104,17 +111,14 @@ class Connection:
         It happens before the first question is sent, so that no answer can come before the reader.
         """
         with self._lock:
-            self.open()
-            if self._replies is None:
-                topic = self.catalogue.replies
-                tp = TP(topic, random.randrange(self.partitions(topic)))  # noqa: S311 - spreads load
-                reader = self.broker.reader(self.broker.end_offsets([tp]))
-                self._partition = tp.partition
-                self._replies = threading.Thread(
-                    target=self._read_replies, args=(reader,), name="durably-replies", daemon=True
-                )
-                self._replies.start()
-            return self._partition
+            self._check_not_closed()
+            if self._replies is not None:
+                return self._partition
+        return self.listening().result()
+
+    def listening(self) -> Future[int]:
+        """As `listen`, without waiting; shared as `opening`."""
+        return self._shared(self._listen)
 
     def partitions(self, topic: str) -> int:
         """How many partitions a topic has. Raises `ConfigurationError`, naming all that are missing, for 0."""
@@ -167,9 +171,9 @@ class Connection:
         Returns:
             The reply to come. Cancelling it ends the re-sending.
         """
-        with self._lock:
+        with self._listening() as partition:
             request_id = ulid()
-            record = command(ReplyTo(partition=self.listen(), request_id=request_id))
+            record = command(ReplyTo(partition=partition, request_id=request_id))
             future: Future[Reply] = Future()
             question = _Question(
                 key,
@@ -194,8 +198,8 @@ class Connection:
         Returns:
             The address, and the reply to come. Cancelling it forgets the address.
         """
-        with self._lock:
-            to = ReplyTo(partition=self.listen(), request_id=ulid())
+        with self._listening() as partition:
+            to = ReplyTo(partition=partition, request_id=ulid())
             future: Future[Reply] = Future()
             self._expected[to.request_id] = future
 
@@ -213,6 +217,8 @@ class Connection:
                 return
             self._closed.set()
             self._unacknowledged.notify_all()
+            attempts = list(self._attempts.values())
+        wait(attempts, 5)
         for thread in (self._replies, self._acks):
             if thread is not None and thread is not threading.current_thread():
                 thread.join(5)
@@ -229,12 +235,81 @@ class Connection:
         if self._owned:
             self.broker.close()
 
+    def _shared(self, attempt: Callable[[], T]) -> Future[T]:
+        """What an attempt that is under way will give; where none is, begins one, on a thread."""
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()  # so that no single one of those who wait can cancel it
+        with self._lock:
+            if (begun := self._attempts.get(attempt)) is not None:
+                return begun
+            self._attempts[attempt] = future
+
+        def run() -> None:
+            outcome: T | Exception
+            try:
+                outcome = attempt()
+            except Exception as e:  # whatever it is, those who wait are told
+                outcome = e
+            with self._lock:
+                del self._attempts[attempt]
+            _settle(future, outcome)
+
+        threading.Thread(target=run, name="durably-connecting", daemon=True).start()
+        return future
+
+    def _open(self) -> Producer:
+        if self._producer is None:
+            self.partitions(self.catalogue.commands)
+            producer = self.broker.producer()
+            with self._lock:
+                if self._closed.is_set():
+                    producer.close()
+                self._check_not_closed()
+                self._producer = producer
+                self._acks = threading.Thread(target=self._collect_acks, name="durably-acks", daemon=True)
+                self._acks.start()
+        return self._producer
+
+    def _listen(self) -> int:
+        self.open()
+        if self._replies is None:
+            topic = self.catalogue.replies
+            tp = TP(topic, random.randrange(self.partitions(topic)))  # noqa: S311 - spreads load
+            reader = self.broker.reader(self.broker.end_offsets([tp]))
+            with self._lock:
+                if self._closed.is_set():
+                    reader.close()
+                self._check_not_closed()
+                self._partition = tp.partition
+                self._replies = threading.Thread(
+                    target=self._read_replies, args=(reader,), name="durably-replies", daemon=True
+                )
+                self._replies.start()
+        return self._partition
+
+    @contextmanager
+    def _listening(self) -> Iterator[int]:
+        """The partition of ``replies``, and the lock: its reader, which may break at any time, is there within."""
+        while True:
+            self.listen()
+            with self._lock:
+                if self._replies is not None:
+                    yield self._partition
+                    return
+
+    def _check_not_closed(self) -> None:
+        if self._closed.is_set():
+            raise DurablyError("this client is closed: make a new one")
+
     def _awaited(self) -> list[Future[Reply]]:
         """Every reply that is still to come. To be called with the lock held."""
         return [*(question.future for question in self._questions.values()), *self._expected.values()]
 
     def _encoded(self, key: str, record: Record) -> bytes:
-        value = self.codec.encode(record)
+        try:
+            value = self.codec.encode(record)
+        except CodecError as e:
+            raise SerializationError(f"this {type(record).__name__} for {key} cannot be written: {e}") from e
         size = len(value) + len(key.encode()) + _RECORD_OVERHEAD
         if size > self.broker.max_record_bytes:
             raise RecordTooLarge.of(f"this {type(record).__name__} for {key}", size, self.broker.max_record_bytes)

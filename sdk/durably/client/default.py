@@ -7,12 +7,14 @@ starting a run and waiting for one is recorded; what else talks to the broker be
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, overload
 
 from durably.client.client import AsyncClient
-from durably.errors import DurablyError
+from durably.errors import ConfigurationError, DurablyError
 from durably.runtime import step_context, workflow_context
+from durably.settings import URL_FORMS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +41,11 @@ def default_client() -> AsyncClient:
     global _client  # noqa: PLW0603 - one for the process is what it is for
     with _lock:
         if _client is None:
+            if not os.environ.get("DURABLY_URL"):
+                raise ConfigurationError(
+                    f"durably's own functions, called outside of workflows and steps, need to know the broker: set "
+                    f"DURABLY_URL, to {URL_FORMS}, or use a client of your own: AsyncClient(url)"
+                )
             _client = AsyncClient()
             atexit.register(_close, _client)
         return _client

@@ -48,7 +48,7 @@ def submit(connection: Connection, command: StartRun) -> None:
 async def submit_async(connection: Connection, command: StartRun) -> None:
     """As `submit`."""
     if not connection.is_open:
-        await asyncio.to_thread(connection.open)
+        await asyncio.wrap_future(connection.opening())
     future = asyncio.wrap_future(connection.send(command.run_id, command))
     done, _ = await asyncio.wait([future], timeout=connection.timeout)
     if not done:
@@ -121,7 +121,7 @@ async def answer_within_async(
 ) -> Reply | None:
     """As `answer_within`."""
     if not connection.is_listening:
-        await asyncio.to_thread(connection.listen)
+        await asyncio.wrap_future(connection.listening())
     future = asyncio.wrap_future(connection.ask(key, command))
     try:
         await asyncio.wait([future], timeout=timeout)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 RESPONSE_TIMEOUT = 30.0
 """Seconds that whoever calls a webhook waits for the response that a step is to give."""
+LONGEST_RESUME_ID = 1_024
+"""Bytes of a resume_id: a hook's are kept with its run."""
 
 
 class HookInfo:
@@ -94,19 +96,20 @@ def resume_hook(connection: Connection, token: str, payload: Any, resume_id: str
         connection: who asks.
         token: the hook's.
         payload: any value that can travel; a `Payload` is sent as it is, whatever its media type.
-        resume_id: names this delivery: a second one of the same name is dropped, and answered as the first was.
+        resume_id: names this delivery to the hook: a second one of the same name is dropped, and answered as the
+            first was. 1 to 1,024 bytes.
 
     Returns:
         The run that the hook belongs to, as committed with the payload.
 
     Raises:
         HookNotFoundError: no open hook has this token.
-        ConfigurationError: no hook can have it.
+        ConfigurationError: no hook can have it, or no delivery this name.
         SerializationError: the payload cannot travel.
         RecordTooLarge: the payload is larger than a record may be.
         TimeoutError: no processor answered; names the resume_id to try again with.
     """
-    resume_id = resume_id or ulid()
+    resume_id = _named(resume_id)
     talk = _resume(token, _payload(token, payload), resume_id)
     try:
         return converse(connection, talk)
@@ -118,7 +121,7 @@ async def resume_hook_async(
     connection: Connection, token: str, payload: Any, resume_id: str | None = None
 ) -> RunSummary:
     """As `resume_hook`."""
-    resume_id = resume_id or ulid()
+    resume_id = _named(resume_id)
     talk = _resume(token, _payload(token, payload), resume_id)
     try:
         return await converse_async(connection, talk)
@@ -174,18 +177,11 @@ def resume_webhook(
         TimeoutError: no processor answered; or no step has responded in time, although the run has the request.
     """
     call = WebhookCall(get_hook(connection, token))
-    reply = call.expect(connection)
     try:
-        summary = resume_hook(connection, token, call.payload(request), resume_id)
-        if reply is None:
-            return call.immediate()
-        try:
-            return call.response(connection, reply.result(timeout))
-        except TimeoutError:
-            raise TimeoutError(call.unanswered(summary, timeout)) from None
+        run = call.deliver_sync(connection, request, resume_id)
+        return call.answered_sync(connection, run, timeout)
     finally:
-        if reply is not None:
-            reply.cancel()
+        call.forget()
 
 
 async def resume_webhook_async(
@@ -198,7 +194,11 @@ async def resume_webhook_async(
 ) -> Response:
     """As `resume_webhook`."""
     call = WebhookCall(await get_hook_async(connection, token))
-    return await call.make(connection, request, resume_id, timeout=timeout)
+    try:
+        run = await call.deliver(connection, request, resume_id)
+        return await call.answered(connection, run, timeout)
+    finally:
+        call.forget()
 
 
 def token_key(token: str) -> str:
@@ -239,50 +239,59 @@ class WebhookCall:
             )
         self.hook = hook
         self._answer = hook.response
-        self._to: ReplyTo | None = None
+        self._reply: Future[Reply] | None = None
 
-    async def make(
+    async def deliver(self, connection: Connection, request: Request, resume_id: str | None) -> RunSummary:
+        """Hands the request over; returns the run when its log has it. Raises as `resume_hook`."""
+        if self._answer == MANUAL:
+            await asyncio.wrap_future(connection.listening())
+        return await resume_hook_async(connection, self.hook.token, self._payload(connection, request), resume_id)
+
+    async def answered(
         self,
         connection: Connection,
-        request: Request,
-        resume_id: str | None,
-        *,
+        run: RunSummary,
         timeout: float,  # noqa: ASYNC109 - as its twin
     ) -> Response:
-        """Hands the request over, and waits for the response, as `resume_webhook`."""
-        if self._answer == MANUAL and not connection.is_listening:
-            await asyncio.to_thread(connection.listen)
-        reply = self.expect(connection)
+        """The response to what was delivered. Raises `TimeoutError` where no step gives it in time."""
+        if self._reply is None:
+            return self._immediate()
+        waiting = asyncio.wrap_future(self._reply)
+        done, _ = await asyncio.wait([waiting], timeout=timeout)
+        if not done:
+            raise TimeoutError(self._unanswered(run, timeout))
+        return self._response(connection, waiting.result())
+
+    def deliver_sync(self, connection: Connection, request: Request, resume_id: str | None) -> RunSummary:
+        """As `deliver`."""
+        return resume_hook(connection, self.hook.token, self._payload(connection, request), resume_id)
+
+    def answered_sync(self, connection: Connection, run: RunSummary, timeout: float) -> Response:
+        """As `answered`."""
+        if self._reply is None:
+            return self._immediate()
         try:
-            summary = await resume_hook_async(connection, self.hook.token, self.payload(request), resume_id)
-            if reply is None:
-                return self.immediate()
-            waiting = asyncio.wrap_future(reply)
-            done, _ = await asyncio.wait([waiting], timeout=timeout)
-            if not done:
-                raise TimeoutError(self.unanswered(summary, timeout))
-            return self.response(connection, waiting.result())
-        finally:
-            if reply is not None:
-                reply.cancel()
+            return self._response(connection, self._reply.result(timeout))
+        except TimeoutError:
+            raise TimeoutError(self._unanswered(run, timeout)) from None
 
-    def expect(self, connection: Connection) -> Future[Reply] | None:
-        """The reply that a step is to give; None where the response is known already."""
-        if self._answer != MANUAL:
-            return None
-        self._to, reply = connection.expect()
-        return reply
+    def forget(self) -> None:
+        """Waits for no response any more. To be called in the end."""
+        if self._reply is not None:
+            self._reply.cancel()
 
-    def payload(self, request: Request) -> Payload:
-        """What the workflow receives."""
-        sent = Request.received(request.method, request.url, request.headers, request.body, self._to)
+    def _payload(self, connection: Connection, request: Request) -> Payload:
+        """What the workflow receives, with the address of the response where a step is to give one."""
+        to: ReplyTo | None = None
+        if self._answer == MANUAL:
+            to, self._reply = connection.expect()
+        sent = Request.received(request.method, request.url, request.headers, request.body, to)
         return payloads.dump(sent, f"the request to webhook {self.hook.token}")
 
-    def immediate(self) -> Response:
-        """The response of a webhook that does not wait for a step."""
+    def _immediate(self) -> Response:
         return self._answer if isinstance(self._answer, Response) else Response(status=202)
 
-    def response(self, connection: Connection, reply: Reply) -> Response:
+    def _response(self, connection: Connection, reply: Reply) -> Response:
         """What the step gave; a body that is a stream is read through the connection."""
         if reply.result is None:
             raise DurablyError(f"webhook {self.hook.token}: the step's reply holds no response")
@@ -290,12 +299,27 @@ class WebhookCall:
             response: Response = payloads.load(reply.result, Response)
         return response
 
-    def unanswered(self, run: RunSummary, timeout: float) -> str:
-        """What to say when no step has responded."""
+    def _unanswered(self, run: RunSummary, timeout: float) -> str:
         return (
             f"run {run.run_id} has the request, but no step of it has responded within {timeout:g} s: the run goes on, "
             f"and its response comes too late for this call"
         )
+
+
+def _named(resume_id: str | None) -> str:
+    """The name of a delivery: the given one, or a new one. Raises `ConfigurationError`."""
+    if resume_id is None:
+        return ulid()
+    remedy = f"use 1 to {LONGEST_RESUME_ID:,} bytes of text, or none"
+    if not isinstance(resume_id, str) or not resume_id:
+        raise ConfigurationError(f"resume_id {resume_id!r:.100} names no delivery: {remedy}")
+    try:
+        size = len(resume_id.encode())
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"resume_id {resume_id!r:.100} is no Unicode text: {remedy}") from None
+    if size > LONGEST_RESUME_ID:
+        raise ConfigurationError(f"resume_id {resume_id[:40]!r}… has {size:,} bytes: {remedy}")
+    return resume_id
 
 
 def _payload(token: str, value: Any) -> Payload:

@@ -144,7 +144,7 @@ class _Upload:
         self._connection = connection
         self._readable = Readable(run_id, f"webhook-{ulid()}")
         self._writer = f"client-{ulid()}"
-        self._n = 0
+        self._n = 1  # as every writer counts
         self._unacknowledged: deque[Future[None]] = deque()
 
     async def write(self, data: bytes) -> None:

@@ -29,7 +29,7 @@ RACES = 60
 # -- the end of a run --------------------------------------------------------------------------------------------------
 
 
-@step
+@step(name="parity.echo")
 async def echo(n: int) -> int:
     return n
 

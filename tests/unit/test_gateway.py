@@ -368,6 +368,10 @@ def test_hooks_are_looked_up_and_listed(gateway: GatewayUnderTest) -> None:
     assert [h["token"] for h in gateway.api("GET", "/runs/r1/hooks").json()["hooks"]] == [TOKEN]
     listed = gateway.api("GET", "/hooks").json()
     assert [(h["run_id"], h["response"]) for h in listed["hooks"]] == [("r2", "manual"), ("r1", None)]
+    webhook, plain = listed["hooks"]
+    assert webhook["url"].endswith("/.well-known/workflow/v1/webhook/hook_aaaaaaaaaaaaaaaaaaaaaa.r2")
+    assert webhook["url"].startswith("http://127.0.0.1:")
+    assert plain["url"] is None
     first = gateway.api("GET", "/hooks?limit=1").json()
     second = gateway.api("GET", f"/hooks?limit=1&cursor={first['next_cursor']}").json()
     assert [h["run_id"] for h in (*first["hooks"], *second["hooks"])] == ["r2", "r1"]

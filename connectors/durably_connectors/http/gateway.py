@@ -6,9 +6,11 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from urllib.parse import quote
 
 from durably.client import AsyncClient
 from durably.errors import DurablyError
+from durably.hooks import WEBHOOK_PATH
 from durably.jsonable import to_json
 from fastapi import Depends, Request
 from starlette.responses import Response
@@ -69,6 +71,11 @@ class Gateway:
     def connection(self) -> Connection:
         """The client's, for what its methods do not offer: answers as they came, undecoded."""
         return self.client._connection  # noqa: SLF001
+
+    def webhook_url(self, token: str, request: Request) -> str:
+        """Where the webhook with this token takes requests, as people reach the gateway."""
+        base = self.public_url or f"{request.url.scheme}://{request.url.netloc}{request.scope.get('root_path', '')}"
+        return f"{base}{WEBHOOK_PATH}{quote(token, safe='')}"
 
     @property
     def projection(self) -> Projection:

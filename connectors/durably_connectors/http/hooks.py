@@ -46,14 +46,17 @@ IdempotencyKey = Annotated[
 
 
 @router.get("/runs/{run_id:path}/hooks", response_model=models.Hooks)
-async def run_hooks(gateway: GatewayOf, run_id: RunId) -> Json:
+async def run_hooks(gateway: GatewayOf, request: Request, run_id: RunId) -> Json:
     """The open hooks of one run, as committed."""
-    return Json({"hooks": [_shown(hook) for hook in await run_hooks_async(gateway.connection, run_id)]})
+    return Json(
+        {"hooks": [_shown(gateway, request, hook) for hook in await run_hooks_async(gateway.connection, run_id)]}
+    )
 
 
 @router.get("/hooks", response_model=models.Hooks)
 async def hooks(
     gateway: GatewayOf,
+    request: Request,
     *,
     workflow: Annotated[str | None, Query(description="Only hooks of runs of this workflow.")] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="How many runs, each with all of its hooks.")] = 20,
@@ -62,7 +65,9 @@ async def hooks(
     """Lists open hooks, run by run, those of newer runs first."""
     page = await listed(gateway, RunQuery(workflow=workflow, with_hooks=True), limit, cursor)
     found = await asyncio.gather(*(_hooks_of(gateway, run) for run in page.runs))
-    return Json({"hooks": [_shown(hook) for some in found for hook in some], "next_cursor": page.cursor})
+    return Json(
+        {"hooks": [_shown(gateway, request, hook) for some in found for hook in some], "next_cursor": page.cursor}
+    )
 
 
 async def _hooks_of(gateway: Gateway, run: RunSummary) -> list[HookInfo]:
@@ -73,9 +78,9 @@ async def _hooks_of(gateway: Gateway, run: RunSummary) -> list[HookInfo]:
 
 
 @router.get("/hooks/{token:path}", response_model=models.Hook)
-async def hook(gateway: GatewayOf, token: Token) -> Json:
+async def hook(gateway: GatewayOf, request: Request, token: Token) -> Json:
     """The open hook with this token."""
-    return Json(_shown(await get_hook_async(gateway.connection, token)))
+    return Json(_shown(gateway, request, await get_hook_async(gateway.connection, token)))
 
 
 async def _payload(request: Request) -> Payload:
@@ -125,5 +130,6 @@ async def resume(
     return Json({"run_id": run.run_id, "status": run.status, "resume_id": resume_id})
 
 
-def _shown(hook: HookInfo) -> dict[str, Any]:
-    return {name: getattr(hook.record, name) for name in hook.record.__struct_fields__}
+def _shown(gateway: Gateway, request: Request, hook: HookInfo) -> dict[str, Any]:
+    shown = {name: getattr(hook.record, name) for name in hook.record.__struct_fields__}
+    return {**shown, "url": gateway.webhook_url(hook.token, request) if hook.webhook else None}

@@ -124,6 +124,7 @@ class Hook(BaseModel):
     run_id: str
     created_at: int
     webhook: bool
+    url: str | None = Field(None, description="Where a webhook takes requests.")
     received: int = Field(description="How many payloads it has been given.")
     metadata: Any = None
     response: Any = Field(None, description='What a webhook answers: a response, "manual", or null for 202.')

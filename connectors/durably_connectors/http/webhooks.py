@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
 
 from durably import chunks
 from durably.client import AsyncRun
@@ -111,9 +110,8 @@ async def _looked_up(gateway: Gateway, token: str) -> WebhookCall:
 
 async def _received(gateway: Gateway, token: str, run_id: str, request: requests.Request) -> Request:
     """The request as the workflow gets it. Its body is taken in, and made durable where it is large."""
-    base = gateway.public_url or f"{request.url.scheme}://{request.url.netloc}{request.scope.get('root_path', '')}"
     query = request.scope["query_string"].decode("latin-1")
-    url = f"{base}{WEBHOOK_PATH}{quote(token, safe='')}{'?' if query else ''}{query}"
+    url = f"{gateway.webhook_url(token, request)}{'?' if query else ''}{query}"
     headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw]
     body = await _body(gateway.connection, run_id, request)
     try:

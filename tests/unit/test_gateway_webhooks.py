@@ -217,7 +217,7 @@ def test_a_large_body_becomes_a_stream_of_the_run(gateway: GatewayUnderTest) -> 
     assert request.body.namespace.startswith("webhook-")
     written = [c for c in gateway.broker.sent if isinstance(c, StreamChunk)]
     assert {(c.run_id, c.namespace) for c in written} == {("r1", request.body.namespace)}
-    assert [c.n for c in written] == list(range(len(written)))
+    assert [c.n for c in written] == list(range(1, len(written) + 1))
     assert [c.kind for c in written] == ["DATA"] * (len(written) - 1) + ["END"]
     assert b"".join(c.payload.data for c in written[:-1]) == b"".join(pieces)
     assert written[0].payload.content_type == "application/octet-stream"

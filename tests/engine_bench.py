@@ -27,6 +27,20 @@ async def once(x: object) -> object:
     return x
 
 
+def step_result(request: rec.StepRequest, outcome: rec.StepSucceeded | rec.StepFailed, at: int) -> rec.StepResult:
+    """A worker's answer to a request."""
+    return rec.StepResult(
+        run_id=request.run_id,
+        step_id=request.step_id,
+        attempt=request.attempt,
+        fingerprint=request.fingerprint,
+        outcome=outcome,
+        started_at=at,
+        finished_at=at,
+        worker="w",
+    )
+
+
 class Bench:
     """One run, driven by hand; every step returns its argument unless told otherwise."""
 
@@ -94,16 +108,7 @@ class Bench:
         )
         self.take(
             self.run.result(
-                rec.StepResult(
-                    run_id=request.run_id,
-                    step_id=request.step_id,
-                    attempt=request.attempt,
-                    fingerprint=request.fingerprint,
-                    outcome=outcome,
-                    started_at=self.now,
-                    finished_at=self.now,
-                    worker="w",
-                ),
+                step_result(request, outcome, self.now),
                 self.now,
             )
         )

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from durably import create_hook, sleep, step
 from durably.authoring import Registry, WorkflowDefinition
+from durably.broker import connect
 from durably.broker.port import End, Message
 from durably.failures import to_error
 from durably.payloads import dump, dump_arguments, load
 from durably_processor.engine.execution import Environment
 from durably_processor.partition import Partition
+from durably_processor.restore import Restore
 from durably_processor.state.store import CHECKPOINT, Store
 from durably_processor.turn import Part, Turn
 from durably_schemas import Catalogue, Codec
 from durably_schemas import records as rec
+from engine_bench import step_result
 
 T0 = 1_700_000_000_000
 CATALOGUE = Catalogue("lab", 1)
@@ -104,16 +108,7 @@ class Lab:
             outcome = rec.StepFailed(error=to_error(error))
         return self.put(
             CATALOGUE.results,
-            rec.StepResult(
-                run_id=request.run_id,
-                step_id=request.step_id,
-                attempt=request.attempt,
-                fingerprint=request.fingerprint,
-                outcome=outcome,
-                started_at=self.now,
-                finished_at=self.now,
-                worker="w",
-            ),
+            step_result(request, outcome, self.now),
         )
 
     def signals(self, part: Part) -> list[Message]:
@@ -139,6 +134,29 @@ class Lab:
 
     def settle(self, *messages: Message | End) -> Part:
         return self.commit(self.turn(*messages))
+
+
+@contextmanager
+def rebuilt(lab: Lab, folder: Path) -> Iterator[tuple[Store, Restore]]:
+    """A store that is made anew of the events that were committed, and what it was made by."""
+    broker = connect(f"embedded:{folder}/broker")
+    broker.create(CATALOGUE.topics())
+    producer = broker.producer()
+    for key, value in lab.events:
+        producer.send(CATALOGUE.events, value, key=key, partition=0)
+    assert producer.flush(10) == 0
+    store = Store(folder / "rebuilt")
+    restore = Restore(0, store, broker, CATALOGUE, CODEC)
+    while not restore.step(1):
+        pass
+    yield store, Restore(0, store, broker, CATALOGUE, CODEC)
+    store.close()
+    broker.close()
+
+
+def content(store: Store, kinds: bytes) -> dict[bytes, bytes]:
+    """What a store holds under keys that begin with one of these letters."""
+    return {key: value for key, value in store._db.items() if key[:1] in kinds}
 
 
 def requests(part: Part, early: bool) -> list[rec.StepRequest]:

@@ -6,13 +6,11 @@ from durably import attributes, tokens
 from durably.broker.port import Message
 from durably.children import LONGEST_REASON
 from durably.errors import RecordTooLarge
-from durably.identifiers import LONGEST_RUN_ID
+from durably.identifiers import LONGEST_ID, LONGEST_RUN_ID
 from durably_schemas import Catalogue, CodecError
 from durably_schemas import records as rec
 from durably_schemas.catalogue import partition_for
 
-LONGEST_ID = 1_024
-"""Bytes of the ids that others make: of resumes, requests, and runs that are somewhere else."""
 KEYED_BY_TOKEN = frozenset({rec.ResumeHook, rec.ClaimToken, rec.ReleaseToken})
 """Records whose key is their token's routing key; that of all others is their run's id."""
 

@@ -16,6 +16,7 @@ from durably import tokens
 from durably.broker.port import TP, End, Message
 from durably.errors import DurablyError, RecordTooLarge, RunNotFoundError
 from durably.failures import summed_up, to_error
+from durably.identifiers import LONGEST_ID
 from durably_schemas import Catalogue, Codec, CodecError
 from durably_schemas import events as ev
 from durably_schemas import records as rec
@@ -214,7 +215,7 @@ class Partition:
 
     def _refuse(self, record: rec.Record | None, why: str, turn: Turn) -> None:
         reply_to: ReplyTo | None = getattr(record, "reply_to", None)
-        if reply_to is not None and len(reply_to.request_id) <= MAX_KEY:
+        if reply_to is not None and len(reply_to.request_id) <= LONGEST_ID:
             self._answer(turn, reply_to, lambda r: Reply(request_id=r, status="REFUSED", message=why))
 
     def _dispatch_record(self, message: Message, record: rec.Record, turn: Turn) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _RANDOM_BITS = 80
 _LENGTH = 26
+LONGEST_ID = 1_024
+"""Bytes of the ids that others make: of resumes, requests, and runs that are somewhere else."""
 LONGEST_RUN_ID = 200
 """Bytes of a run's id."""
 

@@ -110,6 +110,12 @@ class Writers(Protocol):
     def end(self, namespace: str) -> None:
         """Closes a stream."""
 
+    async def settle(self) -> None:
+        """Returns when all that was written is durable; raises what kept it from that."""
+
+    def settle_sync(self) -> None:
+        """The same, blocking."""
+
 
 class Services(Protocol):
     """What a worker offers to the steps that it runs."""

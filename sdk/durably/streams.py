@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 from durably.errors import DurablyError
 from durably.runtime import Writers, step_context, workflow_context
@@ -27,12 +27,6 @@ LONGEST_NAMESPACE = 256
 _loading_for: ContextVar[tuple[Connection, type[Run[Any] | AsyncRun[Any]] | None] | None] = ContextVar(
     "durably_loading_for", default=None
 )
-
-
-class _StepWriters(Writers, Protocol):
-    async def settle(self) -> None: ...
-
-    def settle_sync(self) -> None: ...
 
 
 class Readable:
@@ -211,7 +205,7 @@ class Writable:
             )
         return pieces(value)
 
-    def _writers(self) -> _StepWriters:
+    def _writers(self) -> Writers:
         ctx = None if workflow_context() is not None else step_context.get()
         if ctx is None:
             raise DurablyError(f"stream {self.namespace!r} can be written in a step only; pass the handle to one")
@@ -219,7 +213,7 @@ class Writable:
             raise DurablyError(
                 f"stream {self.namespace!r} belongs to run {self.run_id}, and this step to run {ctx.run_id}"
             )
-        return cast("_StepWriters", ctx.writers)
+        return ctx.writers
 
 
 def get_writable(namespace: str | None = None, *, type: type[bytes] | None = None) -> Writable:  # noqa: A002 - as annotations say it

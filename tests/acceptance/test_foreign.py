@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from importlib.resources import files
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from durably import Client
+from foreign import FOREIGN, environment_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,24 +18,11 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parents[2] / "examples" / "foreign"
 DURABLY = Path(sys.executable).with_name("durably")
 
-# Runs a script in a process where an import of the project fails.
-FOREIGN = """
-import runpy, sys
-sys.modules["durably"] = sys.modules["durably_schemas"] = None
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
 
 @pytest.fixture
 def processor(kafka: str, namespace: str, tmp_path: Path) -> Iterator[str]:
     """A processor as a process, and no worker."""
-    environment = os.environ | {
-        "DURABLY_URL": f"kafka://{kafka}",
-        "DURABLY_NAMESPACE": namespace,
-        "DURABLY_DATA_DIR": str(tmp_path / "data"),
-        "DURABLY_PARTITIONS": "3",
-    }
+    environment = environment_of(kafka, namespace, tmp_path / "data")
     subprocess.run([DURABLY, "topics", "create", "--queue", "payments"], env=environment, check=True, timeout=60)
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(

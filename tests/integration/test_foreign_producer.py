@@ -1,6 +1,5 @@
 """A process that knows only Kafka and the Avro schemas starts runs, and they come out right."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,28 +8,16 @@ from pathlib import Path
 
 import durably
 import pytest
+from foreign import FOREIGN, environment_of
 
 ORDERS = Path(__file__).parents[2] / "examples" / "orders"
 DURABLY = Path(sys.executable).parent / "durably"
-
-# Runs a script in a process where an import of the project fails.
-FOREIGN = """
-import runpy, sys
-sys.modules["durably"] = sys.modules["durably_schemas"] = None
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.fixture
 def installation(kafka: str, namespace: str, tmp_path: Path) -> Iterator[str]:
     """A processor and a worker on Kafka, each its own process."""
-    environment = os.environ | {
-        "DURABLY_URL": f"kafka://{kafka}",
-        "DURABLY_NAMESPACE": namespace,
-        "DURABLY_DATA_DIR": str(tmp_path / "data"),
-        "DURABLY_PARTITIONS": "3",
-    }
+    environment = environment_of(kafka, namespace, tmp_path / "data")
     subprocess.run([DURABLY, "topics", "create"], env=environment, check=True)
     processes = []
     for role in ("processor", "worker"):

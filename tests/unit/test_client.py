@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -48,22 +47,6 @@ class Greeting(msgspec.Struct):
 @workflow
 async def greet(name: str, times: int = 1) -> Greeting:
     return Greeting(name * times)
-
-
-@pytest.fixture
-def broker() -> ScriptedBroker:
-    return ScriptedBroker(Catalogue(partitions=3))
-
-
-@pytest.fixture
-def processor(broker: ScriptedBroker) -> ScriptedProcessor:
-    return ScriptedProcessor(broker)
-
-
-@pytest.fixture
-def client(broker: ScriptedBroker) -> Iterator[Client]:
-    with Client(broker, timeout=5) as made:
-        yield made
 
 
 @pytest.fixture(autouse=True)

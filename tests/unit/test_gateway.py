@@ -13,9 +13,8 @@ import httpx
 import msgspec
 import pytest
 from durably import failures, payload_codec, payloads
-from durably.client import connection
 from durably.errors import BrokerUnreachable, ConfigurationError
-from durably_connectors.http import create_gateway, projection, runs
+from durably_connectors.http import create_gateway, runs
 from durably_connectors.http import gateway as gateway_module
 from durably_connectors.http.security import checked_binding, is_loopback
 from durably_connectors.http.server import bind
@@ -29,10 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "_TICK", 0.01)
-    monkeypatch.setattr(projection, "_POLL", 0.02)
+pytestmark = pytest.mark.usefixtures("quick_gateway")
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from durably import chunks, payloads
-from durably.client import connection
-from durably_connectors.http import projection, streams
+from durably_connectors.http import streams
 from durably_schemas import events
 from durably_schemas.records import Payload, StreamChunk, StreamWritten
 from unit.gateway_under_test import GatewayUnderTest, gateway_under_test
@@ -20,10 +19,7 @@ if TYPE_CHECKING:
 PATH = "/api/v1/runs/r1/streams/log"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "_TICK", 0.01)
-    monkeypatch.setattr(projection, "_POLL", 0.02)
+pytestmark = pytest.mark.usefixtures("quick_gateway")
 
 
 @pytest.fixture

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from durably import payloads
-from durably.client import connection
 from durably.streams import Readable
 from durably.web import INLINE_BODY, Request, Response
-from durably_connectors.http import projection
 from durably_schemas.records import Reply, ResumeHook, StreamChunk
 from unit.gateway_under_test import GatewayUnderTest, gateway_under_test
 
@@ -22,10 +20,7 @@ if TYPE_CHECKING:
 PATH = "/.well-known/workflow/v1/webhook/"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "_TICK", 0.01)
-    monkeypatch.setattr(projection, "_POLL", 0.02)
+pytestmark = pytest.mark.usefixtures("quick_gateway")
 
 
 @pytest.fixture

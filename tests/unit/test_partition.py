@@ -15,7 +15,7 @@ from durably_processor.state.store import Store
 from durably_processor.turn import Part, Turn
 from durably_schemas import Catalogue
 from durably_schemas import records as rec
-from partition_lab import CATALOGUE, CODEC, T0, Lab, doing, requests
+from partition_lab import CATALOGUE, CODEC, T0, Lab, content, doing, rebuilt, requests
 
 pytestmark = pytest.mark.usefixtures("guarded")
 
@@ -201,26 +201,9 @@ def test_recovery_rebuilds_what_live_processing_derived(lab, tmp_path):
         lab.now += 7_000
         turns.append(lab.settle(*answers))
 
-    broker = connect(f"embedded:{tmp_path}/broker")
-    broker.create(CATALOGUE.topics())
-    producer = broker.producer()
-    for key, value in lab.events:
-        producer.send(CATALOGUE.events, value, key=key, partition=0)
-    assert producer.flush(10) == 0
-    rebuilt = Store(tmp_path / "rebuilt")
-    restore = Restore(0, rebuilt, broker, CATALOGUE, CODEC)
-    while not restore.step(1):
-        pass
-
-    def content(store: Store) -> dict[bytes, bytes]:
-        return {key: value for key, value in store._db.items() if key[:1] in (b"e", b"r", b"o", b"t", b"b", b"c")}
-
-    live, recovered = content(lab.store), content(rebuilt)
-    assert live == recovered
-    again = Restore(0, rebuilt, broker, CATALOGUE, CODEC)
-    assert again.step(0.1), "nothing is left to read"
-    rebuilt.close()
-    broker.close()
+    with rebuilt(lab, tmp_path) as (store, again):
+        assert content(store, b"erotbc") == content(lab.store, b"erotbc")
+        assert again.step(0.1), "nothing is left to read"
 
 
 def types(part: Part) -> list[str]:

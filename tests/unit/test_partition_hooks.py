@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from durably.authoring import WorkflowDefinition
-from durably.broker import connect
 from durably.broker.port import TP
 from durably.children import start
 from durably.errors import RecordTooLarge
@@ -12,13 +11,12 @@ from durably.payloads import dump, load
 from durably.tokens import default_token
 from durably_processor.engine.run import Run
 from durably_processor.partition import Poisoned
-from durably_processor.restore import Restore
-from durably_processor.state.store import Holder, Store, Token
+from durably_processor.state.store import Holder, Token
 from durably_processor.tokens import REMEMBERED, Tokens, applied
 from durably_processor.turn import Part
 from durably_schemas import events as ev
 from durably_schemas import records as rec
-from partition_lab import CATALOGUE, CODEC, Lab, doing, requests
+from partition_lab import CATALOGUE, CODEC, Lab, content, doing, rebuilt, requests
 
 pytestmark = pytest.mark.usefixtures("guarded")
 
@@ -283,25 +281,10 @@ def test_recovery_rebuilds_tokens_and_resumes(lab, tmp_path):
     lab.settle(lab.start("hooked", 2, "r2"))
     for n in (2, 3):
         lab.settle(*lab.signals(lab.settle(*lab.signals(lab.settle(resume(lab, "order-7", n, f"r-{n}"))))))
-    broker = connect(f"embedded:{tmp_path}/broker")
-    broker.create(CATALOGUE.topics())
-    producer = broker.producer()
-    for key, value in lab.events:
-        producer.send(CATALOGUE.events, value, key=key, partition=0)
-    assert producer.flush(10) == 0
-    rebuilt = Store(tmp_path / "rebuilt")
-    restore = Restore(0, rebuilt, broker, CATALOGUE, CODEC)
-    while not restore.step(1):
-        pass
-
-    def content(store: Store) -> dict[bytes, bytes]:
-        return {key: value for key, value in store._db.items() if key[:1] in b"erotbckm"}
-
-    assert content(rebuilt) == content(lab.store)
-    assert rebuilt.received("r1", "hook_1", "r-2")
-    assert list(rebuilt.token("order-7").resumes) == ["r-1", "r-2", "r-3"]
-    rebuilt.close()
-    broker.close()
+    with rebuilt(lab, tmp_path) as (store, _):
+        assert content(store, b"erotbckm") == content(lab.store, b"erotbckm")
+        assert store.received("r1", "hook_1", "r-2")
+        assert list(store.token("order-7").resumes) == ["r-1", "r-2", "r-3"]
 
 
 def test_a_token_has_one_holder_at_a_time_and_a_release_applies_to_that_holder_alone():

@@ -50,22 +50,6 @@ async def consume(name: str, source: Any = None, *, other: Any = None) -> None:
     """Started only."""
 
 
-@pytest.fixture
-def broker() -> ScriptedBroker:
-    return ScriptedBroker(CATALOGUE)
-
-
-@pytest.fixture
-def processor(broker: ScriptedBroker) -> ScriptedProcessor:
-    return ScriptedProcessor(broker)
-
-
-@pytest.fixture
-def client(broker: ScriptedBroker) -> Iterator[Client]:
-    with Client(broker, timeout=5) as made:
-        yield made
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "_TICK", 0.01)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from typing import TYPE_CHECKING, Annotated, Any
 
 from durably import chunks
 from durably.client import AsyncRun
+from durably.client.feeds import ChunkWriter
 from durably.client.hooks import WebhookCall, get_hook_async, token_key
 from durably.errors import BrokerUnreachable, ConfigurationError, HookNotFoundError
 from durably.hooks import WEBHOOK_PATH
 from durably.identifiers import ulid
 from durably.streams import Readable
 from durably.web import INLINE_BODY, Request, Response
-from durably_schemas.records import ChunkKind, StreamChunk
+from durably_schemas.records import ChunkKind, Payload
 from fastapi import APIRouter, Path
 from starlette import requests, responses
 from starlette.routing import Route
@@ -140,36 +140,22 @@ class _Upload:
 
     def __init__(self, connection: Connection, run_id: str) -> None:
         self._connection = connection
-        self._readable = Readable(run_id, f"webhook-{ulid()}")
-        self._writer = f"client-{ulid()}"
-        self._n = 1  # as every writer counts
+        self._writer = ChunkWriter(connection, Readable(run_id, f"webhook-{ulid()}"))
         self._unacknowledged: deque[Future[None]] = deque()
 
     async def write(self, data: bytes) -> None:
         """Waits while too much is unacknowledged. Raises `BrokerUnreachable`."""
         for piece in chunks.pieces(data):
-            await self._send("DATA", piece)
+            await self._send("DATA", chunks.dump(piece, self._writer.handle.namespace))
 
     async def finish(self) -> Readable:
         """The stream, which is durable by then. Raises `BrokerUnreachable`."""
-        await self._send("END", None)
+        await self._send("END")
         await self._settle(0)
-        return self._readable
+        return self._writer.handle
 
-    async def _send(self, kind: ChunkKind, piece: memoryview | None) -> None:
-        to = self._readable
-        chunk = StreamChunk(
-            run_id=to.run_id,
-            namespace=to.namespace,
-            writer=self._writer,
-            n=self._n,
-            kind=kind,
-            at=time.time_ns() // 1_000_000,
-            payload=None if piece is None else chunks.dump(piece, to.namespace),
-        )
-        self._n += 1
-        sent = self._connection.send(to.run_id, chunk, self._connection.catalogue.streams)
-        self._unacknowledged.append(asyncio.wrap_future(sent))
+    async def _send(self, kind: ChunkKind, payload: Payload | None = None) -> None:
+        self._unacknowledged.append(asyncio.wrap_future(self._writer.send(kind, payload)))
         await self._settle(_IN_FLIGHT)
 
     async def _settle(self, allowed: int) -> None:

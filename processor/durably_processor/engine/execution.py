@@ -42,6 +42,8 @@ failures.leave_out(Path(__file__).parents[1])
 
 RECORD_OVERHEAD = 40_960
 """Room for what surrounds a payload in its record: attributes, ids, a token."""
+WATCHED_ONLY = ""
+"""The workflow of a child that somebody else started."""
 DERIVED = 4_096
 """Room for what surrounds an event's data in the records that follow from it."""
 
@@ -331,7 +333,7 @@ class Execution:
     ) -> tuple[str, str]:
         """Another run: a command whose effect is the record that any client would send."""
         self._loop.check_alive()
-        child_id = f"child_{len(self._children) + 1}"
+        child_id = self._next_child()
         if run_id is None:
             seed = blake2b(f"{self.run_id}\0{self._nonce}\0{child_id}".encode(), digest_size=10).digest()
             run_id = f"wrun_{ulid_of(self._loop.now_ms, int.from_bytes(seed, 'big'))}"
@@ -344,8 +346,7 @@ class Execution:
             cancel=cancel,
         )
         self._check(created, f"the start of workflow {workflow!r:.100}")
-        self._children[child_id] = self._loop.create_future()
-        self._commands[child_id] = Command(created, child_id)
+        self._begin_child(child_id, created)
         return run_id, child_id
 
     def watch_run(self, run_id: str) -> str:
@@ -354,12 +355,17 @@ class Execution:
         child_id = self._watched.get(run_id)
         if child_id is not None:
             return child_id
-        child_id = self._watched[run_id] = f"child_{len(self._children) + 1}"
-        self._children[child_id] = self._loop.create_future()
+        child_id = self._watched[run_id] = self._next_child()
         nothing = Payload(content_type=payloads.MSGPACK, data=b"")
-        created = ev.ChildCreated(child_run_id=run_id, workflow="", input=nothing)
-        self._commands[child_id] = Command(created, child_id)
+        self._begin_child(child_id, ev.ChildCreated(child_run_id=run_id, workflow=WATCHED_ONLY, input=nothing))
         return child_id
+
+    def _next_child(self) -> str:
+        return f"child_{len(self._children) + 1}"
+
+    def _begin_child(self, child_id: str, created: ev.ChildCreated) -> None:
+        self._children[child_id] = self._loop.create_future()
+        self._commands[child_id] = Command(created, child_id)
 
     async def child_outcome(self, child_id: str) -> ev.ChildCompleted:
         """How it ended. Whoever stops waiting takes nothing from others who wait."""

@@ -32,7 +32,7 @@ from durably_schemas import events as ev
 from durably_schemas import records as rec
 from durably_schemas.records import ClaimAnswer, Error, Event
 
-from durably_processor.engine.execution import Blocked, Command, Environment, Execution, replay
+from durably_processor.engine.execution import WATCHED_ONLY, Blocked, Command, Environment, Execution, replay
 from durably_processor.engine.state import (
     START,
     OpenChild,
@@ -53,7 +53,6 @@ CRASHES_TOLERATED = 3
 Signal = rec.ClaimToken | rec.ReleaseToken | rec.ChildFinished
 Resumed = Literal["OK", "ENDED", "UNKNOWN"]
 
-_WATCHED_ONLY = ""  # the workflow of a child that somebody else started
 _ENDS: dict[type[rec.Record], rec.RunStatus] = {
     ev.RunCompleted: "completed",
     ev.RunFailed: "failed",
@@ -452,7 +451,7 @@ class Run:
     def _birth(self, data: ev.ChildCreated, child_id: str, at: int) -> rec.StartRun | rec.WatchRun:
         """What makes a child of it: the start of a run, or the wish to be told of one's end."""
         header = self.state.header
-        if data.workflow == _WATCHED_ONLY:
+        if data.workflow == WATCHED_ONLY:
             return rec.WatchRun(run_id=data.child_run_id, watcher_run_id=header.run_id, correlation_id=child_id)
         root = header.parent.root_run_id if header.parent is not None else header.run_id
         return rec.StartRun(

@@ -31,9 +31,9 @@ Talk = Generator[Question, Reply, T]
 """Questions that build on each other's answers, without I/O: `converse` asks them, and returns what it returns."""
 
 
-def query(run_id: str, what: Query, from_seq: int = 1) -> Command:
+def query(run_id: str, what: Query, from_seq: int = 1, token: str | None = None) -> Command:
     """A QueryRun, but for its address."""
-    return lambda to: QueryRun(run_id=run_id, what=what, from_seq=from_seq, reply_to=to)
+    return lambda to: QueryRun(run_id=run_id, what=what, from_seq=from_seq, token=token, reply_to=to)
 
 
 def submit(connection: Connection, command: StartRun) -> None:

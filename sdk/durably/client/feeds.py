@@ -32,6 +32,35 @@ UNACKNOWLEDGED = 1_000  # chunks of one stream that may be under way; more make 
 UNACKNOWLEDGED_BYTES = 8 * 1024 * 1024  # as many of their payloads; the last one may lie above
 
 
+class ChunkWriter:
+    """Writes one stream of one run as a writer of its own, whose records count from 1.
+
+    Attributes:
+        handle: the stream.
+        name: the writer's.
+    """
+
+    def __init__(self, connection: Connection, handle: Readable) -> None:
+        self.handle = handle
+        self.name = f"client-{ulid()}"
+        self._connection = connection
+        self._n = 0
+
+    def send(self, kind: ChunkKind, payload: Payload | None = None) -> Future[None]:
+        """Sends one record; the future is done when the broker has it durably. One call at a time."""
+        self._n += 1
+        record = StreamChunk(
+            run_id=self.handle.run_id,
+            namespace=self.handle.namespace,
+            writer=self.name,
+            n=self._n,
+            kind=kind,
+            at=time.time_ns() // 1_000_000,
+            payload=payload,
+        )
+        return self._connection.send(self.handle.run_id, record, self._connection.catalogue.streams)
+
+
 class Feed:
     """One iterator on its way into one stream.
 
@@ -48,8 +77,7 @@ class Feed:
         self.done: Future[None] = Future()
         self._connection = connection
         self._values = values
-        self._writer = f"client-{ulid()}"
-        self._n = 0
+        self._writer = ChunkWriter(connection, handle)
         self._under_way: deque[tuple[Future[None], int]] = deque()
         self._bytes = 0
         self._sending = threading.Lock()  # the end may come from who closes the client
@@ -63,17 +91,17 @@ class Feed:
         self._watch_run()
         draw = self._draw if isinstance(self._values, Iterator) else lambda: asyncio.run(self._draw_async())
         context = copy_context()
-        threading.Thread(target=lambda: context.run(draw), name=f"durably-{self._writer}", daemon=True).start()
+        threading.Thread(target=lambda: context.run(draw), name=f"durably-{self._writer.name}", daemon=True).start()
 
     async def start_async(self) -> None:
         """Draws from an async iterator as a task of the running loop, to which it belongs; else as `start`."""
         if not self._connection.is_listening:
-            await asyncio.to_thread(self._connection.listen)
+            await asyncio.wrap_future(self._connection.listening())
         if isinstance(self._values, Iterator):
             self.start()
         else:
             self._watch_run()
-            self._task = asyncio.create_task(self._draw_async(), name=f"durably-{self._writer}")
+            self._task = asyncio.create_task(self._draw_async(), name=f"durably-{self._writer.name}")
 
     def stop(self, error: DurablyError | None = None) -> None:
         """Draws nothing more, and ends the stream."""
@@ -136,18 +164,8 @@ class Feed:
         with self._sending:
             if self._ended:
                 raise _Stopped
-            self._n += 1
-            record = StreamChunk(
-                run_id=self.handle.run_id,
-                namespace=self.handle.namespace,
-                writer=self._writer,
-                n=self._n,
-                kind=kind,
-                at=time.time_ns() // 1_000_000,
-                payload=payload,
-            )
             size = len(payload.data) if payload is not None else 0
-            future = self._connection.send(self.handle.run_id, record, self._connection.catalogue.streams)
+            future = self._writer.send(kind, payload)
             self._ended = kind == "END"
             self._under_way.append((future, size))
             self._bytes += size

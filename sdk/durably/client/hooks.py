@@ -8,13 +8,13 @@ from concurrent.futures import Future
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from durably_schemas.records import Hook, Payload, QueryRun, Reply, ReplyTo, ResumeHook, RunSummary
+from durably_schemas.records import Hook, Payload, Reply, ReplyTo, ResumeHook, RunSummary
 
 from durably import payloads
-from durably.client.exchange import Command, Question, Talk, converse, converse_async
+from durably.client.exchange import Question, Talk, converse, converse_async, query
 from durably.client.outcome import summary_of
 from durably.errors import ConfigurationError, DurablyError, HookNotFoundError
-from durably.identifiers import checked_run_id, ulid
+from durably.identifiers import LONGEST_ID, checked_run_id, ulid
 from durably.streams import bound_to
 from durably.tokens import PREFIX, checked_token, run_of
 from durably.web import MANUAL, Request, Response
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 RESPONSE_TIMEOUT = 30.0
 """Seconds that whoever calls a webhook waits for the response that a step is to give."""
-LONGEST_RESUME_ID = 1_024
-"""Bytes of a resume_id: a hook's are kept with its run."""
 
 
 class HookInfo:
@@ -310,14 +308,14 @@ def _named(resume_id: str | None) -> str:
     """The name of a delivery: the given one, or a new one. Raises `ConfigurationError`."""
     if resume_id is None:
         return ulid()
-    remedy = f"use 1 to {LONGEST_RESUME_ID:,} bytes of text, or none"
+    remedy = f"use 1 to {LONGEST_ID:,} bytes of text, or none"
     if not isinstance(resume_id, str) or not resume_id:
         raise ConfigurationError(f"resume_id {resume_id!r:.100} names no delivery: {remedy}")
     try:
         size = len(resume_id.encode())
     except UnicodeEncodeError:
         raise ConfigurationError(f"resume_id {resume_id!r:.100} is no Unicode text: {remedy}") from None
-    if size > LONGEST_RESUME_ID:
+    if size > LONGEST_ID:
         raise ConfigurationError(f"resume_id {resume_id[:40]!r}… has {size:,} bytes: {remedy}")
     return resume_id
 
@@ -340,25 +338,21 @@ def _hook(token: str) -> Talk[HookInfo]:
     key = token_key(token)
     run_id = run_of(token)
     if run_id is None:
-        reply = yield Question(key, _query("", token), _about(token))
+        reply = yield Question(key, query("", "HOOK", token=token), _about(token))
         run_id = _found(reply, token).run_id
     if run_id is None:
         raise _not_found(token)
-    reply = _found((yield Question(run_id, _query(run_id, token), f"run {run_id}")), token)
+    reply = _found((yield Question(run_id, query(run_id, "HOOK", token=token), f"run {run_id}")), token)
     if not reply.hooks:  # disposed of since its token's owner was asked
         raise _not_found(token)
     return HookInfo(reply.hooks[0])
 
 
 def _hooks(run_id: str) -> Talk[list[HookInfo]]:
-    reply = yield Question(run_id, _query(run_id, None), f"run {run_id}")
+    reply = yield Question(run_id, query(run_id, "HOOK"), f"run {run_id}")
     if reply.status != "OK":
         summary_of(reply, run_id)
     return [HookInfo(hook) for hook in reply.hooks]
-
-
-def _query(run_id: str, token: str | None) -> Command:
-    return lambda to: QueryRun(run_id=run_id, what="HOOK", token=token, reply_to=to)
 
 
 def _about(token: str) -> str:

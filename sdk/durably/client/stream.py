@@ -55,7 +55,7 @@ class ChunkOrder:
 
     A chunk whose n is not above the last one of its writer is a copy, by a producer's or a worker's repetition. The
     first END closes, whether of this stream or, with an empty namespace, of all the run's; what follows is ignored.
-    Each writer counts from 1 (some from 0), so who first appears with more has written what the reader does not see.
+    Each writer counts from 1, so who first appears with more has written what the reader does not see.
 
     Attributes:
         count: how many chunks have counted: the index of the next one.

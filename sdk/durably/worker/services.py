@@ -128,10 +128,7 @@ class WorkerServices:
         reply = Reply(request_id=to.request_id, run_id=None if context is None else context.run_id, result=payload)
         value = self._codec.encode(reply)
         if len(value) > self._broker.max_record_bytes:
-            raise RecordTooLarge(
-                f"the response to a webhook takes {len(value)} bytes, and a record {self._broker.max_record_bytes} at "
-                f"most: keep large data elsewhere and redirect to it"
-            )
+            raise RecordTooLarge.of("the response to a webhook", len(value), self._broker.max_record_bytes)
         response = _Response(self._clock)
         self._producer.send(self._catalogue.replies, value, partition=to.partition, on_ack=response.on_ack)
         return response

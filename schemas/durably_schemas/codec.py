@@ -117,7 +117,7 @@ class Codec:
         shape = _SHAPES[type(record)]
         try:
             parts = [shape.header]
-            shape.encode(record, parts.append)
+            shape.encode(record, parts.extend)
             return b"".join(parts)
         except Exception as e:
             raise CodecError(f"this {shape.name} does not fit its schema: {e}: {record!r:.300}") from e

@@ -8,11 +8,11 @@ encoding is that of the Avro 1.12 specification, "Binary Encoding"; the tests ho
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NoReturn
 
-Encode = Callable[[Any, Callable[[bytes], None]], None]
+Encode = Callable[[Any, Callable[[Iterable[bytes]], None]], None]
 Decode = Callable[[bytes, int], tuple[Any, int]]
 
 _FAST = 4096
@@ -65,14 +65,28 @@ _DOUBLE = struct.Struct("<d")
 
 
 class _Writer:
-    """Source code, indented."""
+    """Source code, indented. Pieces of output that follow one another are handed over by one call."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self._pieces: list[str] = []
+        self._depth = 0
         self._temporaries = 0
 
     def line(self, depth: int, text: str) -> None:
+        self.flush()
         self.lines.append("    " * depth + text)
+
+    def piece(self, depth: int, expression: str) -> None:
+        if depth != self._depth:
+            self.flush()
+            self._depth = depth
+        self._pieces.append(expression)
+
+    def flush(self) -> None:
+        if self._pieces:
+            self.lines.append("    " * self._depth + f"out(({', '.join(self._pieces)},))")
+            self._pieces.clear()
 
     def temporary(self) -> str:
         self._temporaries += 1
@@ -116,6 +130,7 @@ class Compiler:
             self._decode(decode, 1, field["type"], f"v_{field['name']}")
         if not schema["fields"]:
             encode.line(1, "pass")
+        encode.flush()
         arguments = ", ".join(f"{f['name']}=v_{f['name']}" for f in schema["fields"])
         decode.line(1, f"return class_{name}({arguments}), p")
         source = "\n".join([*encode.lines, *decode.lines])
@@ -134,21 +149,17 @@ class Compiler:
             return
         kind = schema if isinstance(schema, str) else schema["type"]
         if kind in ("string", "bytes"):
-            t = w.temporary()
-            w.line(depth, f"{t} = {value}.encode()" if kind == "string" else f"{t} = {value}")
-            w.line(depth, f"n = len({t})")
-            w.line(depth, f"out(SMALL[n] if n < {_FAST} else varint(n))")
-            w.line(depth, f"out({t})")
+            data = f"{value}.encode()" if kind == "string" else value
+            w.piece(depth, f"SMALL[n] if (n := len(t := {data})) < {_FAST} else varint(n), t")
         elif kind in ("int", "long"):
-            w.line(depth, f"n = {value}")
-            w.line(depth, f"out(SMALL[n] if 0 <= n < {_FAST} else varint(n))")
+            w.piece(depth, f"SMALL[n] if 0 <= (n := {value}) < {_FAST} else varint(n)")
         elif kind == "boolean":
-            w.line(depth, f"out(b'\\x01' if {value} else b'\\x00')")
+            w.piece(depth, f"b'\\x01' if {value} else b'\\x00'")
         elif kind == "double":
-            w.line(depth, f"out(pack({value}))")
+            w.piece(depth, f"pack({value})")
         elif kind == "enum":
             table = self._table("symbols", {s: varint(i) for i, s in enumerate(schema["symbols"])})
-            w.line(depth, f"out({table}[{value}])")
+            w.piece(depth, f"{table}[{value}]")
         elif kind == "record":
             w.line(depth, f"encode_{self._define(schema)}({value}, out)")
         elif kind == "array":
@@ -163,20 +174,20 @@ class Compiler:
 
     def _encode_block(self, w: _Writer, depth: int, value: str, loop: str, items: list[tuple[Any, str]]) -> None:
         w.line(depth, f"if {value}:")
-        w.line(depth + 1, f"out(varint(len({value})))")
+        w.piece(depth + 1, f"varint(len({value}))")
         w.line(depth + 1, loop)
         for schema, item in items:
             self._encode(w, depth + 2, schema, item)
-        w.line(depth, "out(b'\\x00')")
+        w.piece(depth, "b'\\x00'")
 
     def _encode_union(self, w: _Writer, depth: int, branches: list[Any], value: str) -> None:
         if branches[0] == "null" and len(branches) == 2:
             t = w.temporary()
             w.line(depth, f"{t} = {value}")
             w.line(depth, f"if {t} is None:")
-            w.line(depth + 1, "out(b'\\x00')")
+            w.piece(depth + 1, "b'\\x00'")
             w.line(depth, "else:")
-            w.line(depth + 1, "out(b'\\x02')")
+            w.piece(depth + 1, "b'\\x02'")
             self._encode(w, depth + 1, branches[1], t)
             return
         names = [self._define(self._resolve(branch)) for branch in branches]
@@ -187,7 +198,7 @@ class Compiler:
         t = w.temporary()
         w.line(depth, f"{t} = {value}")
         w.line(depth, f"index, encode = {table}[type({t})]")
-        w.line(depth, "out(index)")
+        w.piece(depth, "index")
         w.line(depth, f"encode({t}, out)")
 
     # -- decoding --------------------------------------------------------------------------------------------------

@@ -60,15 +60,12 @@ def _enter(attempt: Attempt, services: Services) -> tuple[list[Any], dict[str, A
 async def run(attempt: Attempt, services: Services) -> Outcome:
     """Runs an async step within its timeout. Raises `Unreadable`, and what the step raises."""
     args, kwargs = _enter(attempt, services)
-    timeout = attempt.request.timeout
     assert attempt.writers is not None
     try:
-        async with asyncio.timeout(None if timeout is None else timeout / 1000) as scope:
+        if attempt.request.timeout is None:
             value = await _value(attempt, args, kwargs)
-    except TimeoutError:
-        if scope.expired():
-            raise timed_out(attempt) from None
-        raise
+        else:
+            value = await _timely(attempt, attempt.request.timeout / 1000, args, kwargs)
     finally:
         attempt.writers.shut()  # what the step has left running must not write behind its result
     outcome = _succeeded(attempt, value)
@@ -92,6 +89,17 @@ def run_sync(attempt: Attempt, services: Services, loop: asyncio.AbstractEventLo
     outcome = _succeeded(attempt, value)
     attempt.writers.settle_sync()
     return outcome
+
+
+async def _timely(attempt: Attempt, seconds: float, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """As `_value`. Raises `StepTimeoutError` when they are over."""
+    try:
+        async with asyncio.timeout(seconds) as scope:
+            return await _value(attempt, args, kwargs)
+    except TimeoutError:
+        if scope.expired():
+            raise timed_out(attempt) from None
+        raise
 
 
 async def _value(attempt: Attempt, args: list[Any], kwargs: dict[str, Any]) -> Any:

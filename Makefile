@@ -9,14 +9,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help demo test lint bench up down topics
+.PHONY: help demo test lint bench bench-peers up down topics
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     400 real orders, a kill -9 half-way, and a check of the books"
 	@echo "make test     all tests; those that need Kafka start it in a container"
 	@echo "make lint     ruff and mypy"
-	@echo "make bench    measures, and writes bench/README.md"
+	@echo "make bench    measures, and writes bench/README.md; NOTE='what has changed since the last time'"
+	@echo "make bench-peers  installs what durably is compared with: needs the network, and npm for one of them"
 	@echo "make up       Kafka, two processors and two workers in containers; make down ends them"
 	@echo "make topics   creates the topics at DURABLY_URL ($(DURABLY_URL))"
 
@@ -27,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  done; \
 	  echo "durably needs Python 3.11 or later; '$(PYTHON)' is not. Name one: make PYTHON=/path/to/python3.12" >&2; \
 	  exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,http,crypto,faust]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench,http,crypto,faust]'
 	@touch $@
 
 demo: $(STAMP)
@@ -43,6 +44,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/run.py
+
+bench-peers: $(STAMP)
+	$(BIN)/python bench/environments.py
 
 up:
 	$(COMPOSE) up --detach --build

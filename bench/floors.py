@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
-from report import Figure
+from figures import Figure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

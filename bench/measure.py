@@ -1,106 +1,113 @@
-"""What durably costs, seen by a client: time a step, steps a second, CPU a step, and how it grows with a run's log."""
+"""What durable steps cost, seen by a client: the same work for durably and for each peer.
+
+Besides the standard library it needs psutil only: the peers' environments import it too.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
-from report import Figure
-from workflows import sequence
+from figures import CPU, SHORT_P50, SHORT_P99, STEP, THROUGHPUT, Figure
 
-if TYPE_CHECKING:
-    from durably import AsyncClient
-    from roles import Roles
-
-PATIENCE = 300
-WARM_UP = 15.0  # seconds
+WARM_UP_RUNS, WARM_UP_STEPS = 20, 5
 
 
 class Size(NamedTuple):
-    """How much is measured."""
+    """How much is measured, at most: whoever is slow does less of it, in runs and steps that its figures name."""
 
     sequential_runs: int = 5
-    sequential_steps: int = 200
-    throughput_runs: int = 500
-    throughput_steps: int = 20
+    sequential_steps: int = 200  # of each of these runs
+    throughput_runs: int = 500  # at once
+    throughput_steps: int = 20  # of each of these runs
     short_runs: int = 200
-    long_steps: int = 3400
+    long_steps: int = 33_300  # of the one long run
+    wave: int = 100  # of its steps at once
+    warm_up: float = 15.0  # seconds
+    limit: float = 15.0  # seconds, about, for each kind of measurement
 
 
-SMALL = Size(2, 50, 50, 10, 20, 400)
+SMALL = Size(2, 20, 20, 10, 20, 1_000, 50, 2.0, 5.0)
 
 
-class Measure:
-    """Measures one installation, whose processes run."""
+class Subject(Protocol):
+    """A system whose processes run, and a client of it."""
 
-    def __init__(self, group: str, client: AsyncClient, roles: Roles, size: Size) -> None:
-        self._group = group
-        self._client = client
-        self._roles = roles
-        self._size = size
+    async def run(self, steps: int) -> None:
+        """Starts a run that calls a step which does nothing so many times, one after the other; waits for its end."""
 
-    def _figure(self, what: str, value: float, unit: str) -> Figure:
-        return Figure(self._group, what, value, unit)
+    def cpu_seconds(self) -> dict[str, float]:
+        """User and system time so far of each role of its processes."""
 
-    async def _run(self, steps: int) -> float:
-        """Starts a run and waits for its result; how long that took, in milliseconds."""
-        began = time.perf_counter()
-        run = await self._client.start(sequence, steps)
-        await run.result(timeout=PATIENCE)
-        return (time.perf_counter() - began) * 1000
+    def check(self) -> None:
+        """Raises when one of its processes has ended by itself."""
 
-    async def figures(self) -> list[Figure]:
-        """All of them."""
-        # As long as the floors: the broker's JVM compiles as it goes, and transactions are new to it.
-        warm = time.perf_counter() + WARM_UP
-        while time.perf_counter() < warm:
-            await asyncio.gather(*(self._run(20) for _ in range(20)))
-            await self._run(50)
-            self._roles.check()
-        found = [*await self._sequential(), *await self._short(), *await self._throughput(), *await self._history()]
-        self._roles.check()
-        return found
 
-    async def _sequential(self) -> list[Figure]:
-        steps = self._size.sequential_steps
-        times = [await self._run(steps) / steps for _ in range(self._size.sequential_runs)]
-        return [self._figure(f"sequential step, p50 of {len(times)} runs of {steps}", median(times), "ms")]
+async def measure(group: str, subject: Subject, size: Size) -> list[Figure]:
+    """All figures of a system."""
+    rate = await warm_up(subject, size.warm_up)
+    at_once = max(WARM_UP_RUNS, int(rate * size.limit / size.throughput_steps))
+    fitting = size._replace(throughput_runs=min(size.throughput_runs, at_once))
+    found = [*await sequential(group, subject, size), *await short(group, subject, size)]
+    found += await throughput(group, subject, fitting)
+    subject.check()
+    return found
 
-    async def _short(self) -> list[Figure]:
-        times = [await self._run(3) for _ in range(self._size.short_runs)]
-        what = f"run of 3 steps, start to result, one at a time, {{}} of {len(times)}"
-        return [
-            self._figure(what.format("p50"), median(times), "ms"),
-            self._figure(what.format("p99"), quantiles(times, n=100)[98], "ms"),
-        ]
 
-    async def _throughput(self) -> list[Figure]:
-        runs, steps = self._size.throughput_runs, self._size.throughput_steps
-        before, began = self._roles.cpu_seconds(), time.perf_counter()
-        await asyncio.gather(*(self._run(steps) for _ in range(runs)))
-        seconds, after = time.perf_counter() - began, self._roles.cpu_seconds()
-        what = f"{runs} runs of {steps} steps at once"
-        return [
-            self._figure(f"throughput, {what}", runs * steps / seconds, "steps/s"),
-            *(
-                self._figure(
-                    f"CPU of the {role} process, {what}", (after[role] - before[role]) * 1e6 / (runs * steps), "µs/step"
-                )
-                for role in after
-            ),
-        ]
+async def warm_up(subject: Subject, seconds: float) -> float:
+    """Keeps a system busy: virtual machines compile as they go, databases plan, pools fill; the last steps a second."""
+    until, rate = time.perf_counter() + seconds, 0.0
+    while (began := time.perf_counter()) < until:
+        await asyncio.gather(*(subject.run(WARM_UP_STEPS) for _ in range(WARM_UP_RUNS)))
+        rate = WARM_UP_RUNS * WARM_UP_STEPS / (time.perf_counter() - began)
+        subject.check()
+    return rate
 
-    async def _history(self) -> list[Figure]:
-        """Whether an event costs the same wherever in a run's log it stands."""
-        run = await self._client.start(sequence, self._size.long_steps)
-        await run.result(timeout=PATIENCE)
-        at = [event.at for event in await run.events()]
-        # The log's instants are whole milliseconds: only long stretches tell something.
-        tenth = len(at) // 10
-        first, last = (at[tenth] - at[0]) / tenth, (at[-1] - at[-1 - tenth]) / tenth
-        return [
-            self._figure(f"per event, first tenth of a run of {len(at):,} events", first * 1000, "µs"),
-            self._figure(f"per event, last tenth of a run of {len(at):,} events", last * 1000, "µs"),
-        ]
+
+async def _milliseconds(subject: Subject, steps: int) -> float:
+    began = time.perf_counter()
+    await subject.run(steps)
+    return (time.perf_counter() - began) * 1000
+
+
+async def sequential(group: str, subject: Subject, size: Size) -> list[Figure]:
+    """The time of a step within a run."""
+    runs, probe = size.sequential_runs, min(20, size.sequential_steps)
+    fitting = int(size.limit * 1000 / runs / (await _milliseconds(subject, probe) / probe))
+    steps = min(size.sequential_steps, max(probe, fitting))
+    times = [await _milliseconds(subject, steps) / steps for _ in range(runs)]
+    return [Figure(group, f"{STEP}, p50 of {runs} runs of {steps}", median(times), "ms")]
+
+
+async def short(group: str, subject: Subject, size: Size) -> list[Figure]:
+    """The time of a run of three steps, from its start to its result."""
+    until, times = time.perf_counter() + size.limit, list[float]()
+    while len(times) < min(20, size.short_runs) or (len(times) < size.short_runs and time.perf_counter() < until):
+        times.append(await _milliseconds(subject, 3))
+    return [
+        Figure(group, f"{SHORT_P50} of {len(times)}", median(times), "ms"),
+        Figure(group, f"{SHORT_P99} of {len(times)}", quantiles(times, n=100, method="inclusive")[98], "ms"),
+    ]
+
+
+async def throughput(group: str, subject: Subject, size: Size, where: str = "") -> list[Figure]:
+    """Steps a second of many runs at once, and what a step costs each role in CPU time."""
+    runs, steps = size.throughput_runs, size.throughput_steps
+    before, began = subject.cpu_seconds(), time.perf_counter()
+    await asyncio.gather(*(subject.run(steps) for _ in range(runs)))
+    seconds, after = time.perf_counter() - began, subject.cpu_seconds()
+    what = f"{where}{runs} runs of {steps} steps at once"
+    return [
+        Figure(group, f"{THROUGHPUT}, {what}", runs * steps / seconds, "steps/s"),
+        *(
+            Figure(
+                group,
+                f"{CPU} the {role} process, {what}",
+                (after[role] - before[role]) * 1e6 / (runs * steps),
+                "µs/step",
+            )
+            for role in after
+        ),
+    ]

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 from durably import AsyncClient
-from roles import Roles
+from roles import roles
 from workflows import sequence
 
 PY_SPY = Path(sys.executable).parent / "py-spy"
@@ -64,11 +64,11 @@ def main(
     namespace = f"profile-{int(time.time())}"
     with tempfile.TemporaryDirectory(prefix="durably-profile-") as name:
         folder = Path(name)
-        with Roles(names, {"DURABLY_URL": url, "DURABLY_NAMESPACE": namespace}, folder) as roles:
+        with roles(names, {"DURABLY_URL": url, "DURABLY_NAMESPACE": namespace}, folder) as processes:
             asyncio.run(keep_busy(url, namespace, time.monotonic() + 3))
             samples = folder / "samples"
             sampler = subprocess.Popen(
-                [PY_SPY, "record", "--pid", str(roles.pid(watched)), "--duration", str(seconds), "--rate", "200",
+                [PY_SPY, "record", "--pid", str(processes.pid(watched)), "--duration", str(seconds), "--rate", "200",
                  "--gil", "--threads", "--function", "--format", "raw", "--output", samples],
                 stdout=subprocess.DEVNULL,
             )  # fmt: skip

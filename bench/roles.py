@@ -1,95 +1,90 @@
-"""The processes that are measured, each started through the command line, and the CPU time that each takes."""
+"""An installation of durably: its processes, each started through the command line, and a client of it."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import time
+import tempfile
+import uuid
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
+
+from durably import AsyncClient
+from processes import Processes
+from workflows import sequence, waves
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping
+
+    from durably import Event
 
 WORKFLOWS = Path(__file__).parent / "workflows.py"
 DURABLY = Path(sys.executable).parent / "durably"
-TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+PATIENCE = 300.0  # seconds
 
 
-class Roles:
-    """Processes of one installation; ends them all on exit.
+@contextmanager
+def roles(names: tuple[str, ...], environment: Mapping[str, str], folder: Path) -> Iterator[Processes]:
+    """The processes of one installation.
+
+    Args:
+        names: subcommands of ``durably``; one that stands there twice is started twice.
+        environment: the settings, ``DURABLY_*``.
+        folder: for the processors' data and the processes' output.
+    """
+    settings = os.environ | environment
+    if not settings["DURABLY_URL"].startswith("embedded:"):
+        subprocess.run([DURABLY, "topics", "create"], env=settings, check=True, stdout=subprocess.DEVNULL)
+    with Processes(folder) as processes:
+        for number, name in enumerate(names):
+            data = str(folder / f"data-{number}")
+            processes.start(name, [DURABLY, name, WORKFLOWS], settings | {"DURABLY_DATA_DIR": data})
+        # A client that came first would open an embedded broker's folder itself.
+        processes.wait_until(lambda: all("ready: " in said for name in names for said in processes.outputs(name)))
+        yield processes
+
+
+class Installation:
+    """An installation that runs, and a client of it."""
+
+    def __init__(self, client: AsyncClient, processes: Processes) -> None:
+        self._client = client
+        self.check = processes.check
+        self.cpu_seconds = processes.cpu_seconds
+
+    async def run(self, steps: int) -> None:
+        """Starts a run and waits for its result."""
+        run = await self._client.start(sequence, steps)
+        await run.result(timeout=PATIENCE)
+
+    async def events_of_waves(self, steps: int, width: int) -> list[Event]:
+        """The log of a run that takes its steps ``width`` at a time."""
+        run = await self._client.start(waves, steps, width)
+        await run.result(timeout=PATIENCE)
+        return await run.events()
+
+
+@asynccontextmanager
+async def installation(
+    names: tuple[str, ...], url: str, broker_pid: int | None = None, **settings: str
+) -> AsyncIterator[Installation]:
+    """Starts an installation with topics of its own, and ends it.
 
     Args:
         names: subcommands of ``durably``.
-        environment: the settings, ``DURABLY_*``.
-        folder: for the processor's data and the processes' output.
+        url: of the broker; ``{folder}`` stands for a folder that lasts as long as the installation.
+        broker_pid: the process whose CPU time counts as the broker's.
+        settings: ``DURABLY_*``.
     """
-
-    def __init__(self, names: tuple[str, ...], environment: Mapping[str, str], folder: Path) -> None:
-        self._names = names
-        self._environment = os.environ | {"DURABLY_DATA_DIR": str(folder / "data")} | environment
-        self._folder = folder
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def __enter__(self) -> Self:
-        if not self._environment["DURABLY_URL"].startswith("embedded:"):
-            subprocess.run([DURABLY, "topics", "create"], env=self._environment, check=True, stdout=subprocess.DEVNULL)
-        for name in self._names:
-            with self._log(name).open("wb") as log:
-                self._processes[name] = subprocess.Popen(
-                    [str(DURABLY), name, str(WORKFLOWS)], env=self._environment, stdout=log, stderr=log
-                )
-        try:
-            self._wait_ready()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _wait_ready(self) -> None:
-        # A client that came first would open an embedded broker's folder itself.
-        deadline = time.monotonic() + 60
-        while not all("ready: " in self._log(name).read_text() for name in self._names):
-            self.check()
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    "not ready after a minute:\n" + "\n".join(self._log(n).read_text() for n in self._names)
-                )
-            time.sleep(0.02)
-
-    def _log(self, name: str) -> Path:
-        return self._folder / f"{name}.log"
-
-    def __exit__(self, *error: object) -> None:
-        for process in self._processes.values():
-            process.terminate()
-        for process in self._processes.values():
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def pid(self, name: str) -> int:
-        """The process id of a role."""
-        return self._processes[name].pid
-
-    def check(self) -> None:
-        """Raises when a process has ended by itself."""
-        for name, process in self._processes.items():
-            if process.poll() is not None:
-                raise RuntimeError(
-                    f"durably {name} ended with {process.returncode}:\n{self._log(name).read_text()[-3000:]}"
-                )
-
-    def cpu_seconds(self) -> dict[str, float]:
-        """User and system time of each process so far."""
-        return {name: cpu_seconds(process.pid) for name, process in self._processes.items()}
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process: fields 14 and 15 of ``/proc/PID/stat`` (proc(5)), in seconds."""
-    # The second field, the name, may hold spaces; what follows its closing bracket starts with the third.
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
+    namespace = f"bench-{uuid.uuid4().hex[:8]}"
+    with tempfile.TemporaryDirectory(prefix="durably-bench-") as folder:
+        where = url.format(folder=folder)
+        environment = {"DURABLY_URL": where, "DURABLY_NAMESPACE": namespace, **settings}
+        with roles(names, environment, Path(folder)) as processes:
+            if broker_pid is not None:
+                processes.watch("broker", broker_pid)
+            processes.watch("client", os.getpid())
+            async with AsyncClient(where, namespace=namespace) as client:
+                yield Installation(client, processes)

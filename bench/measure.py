@@ -20,8 +20,9 @@ class Size(NamedTuple):
 
     sequential_runs: int = 5
     sequential_steps: int = 200  # of each of these runs
-    throughput_runs: int = 500  # at once
+    throughput_runs: int = 500
     throughput_steps: int = 20  # of each of these runs
+    at_once: int = 500  # of these runs: whoever is faster with fewer gets fewer
     short_runs: int = 200
     long_steps: int = 33_300  # of the one long run
     wave: int = 100  # of its steps at once
@@ -29,7 +30,7 @@ class Size(NamedTuple):
     limit: float = 15.0  # seconds, about, for each kind of measurement
 
 
-SMALL = Size(2, 20, 20, 10, 20, 1_000, 50, 2.0, 5.0)
+SMALL = Size(2, 20, 20, 10, 500, 20, 1_000, 50, 2.0, 5.0)
 
 
 class Subject(Protocol):
@@ -48,8 +49,8 @@ class Subject(Protocol):
 async def measure(group: str, subject: Subject, size: Size) -> list[Figure]:
     """All figures of a system."""
     rate = await warm_up(subject, size.warm_up)
-    at_once = max(WARM_UP_RUNS, int(rate * size.limit / size.throughput_steps))
-    fitting = size._replace(throughput_runs=min(size.throughput_runs, at_once))
+    in_time = max(WARM_UP_RUNS, int(rate * size.limit / size.throughput_steps))
+    fitting = size._replace(throughput_runs=min(size.throughput_runs, in_time))
     found = [*await sequential(group, subject, size), *await short(group, subject, size)]
     found += await throughput(group, subject, fitting)
     subject.check()
@@ -95,10 +96,16 @@ async def short(group: str, subject: Subject, size: Size) -> list[Figure]:
 async def throughput(group: str, subject: Subject, size: Size, where: str = "") -> list[Figure]:
     """Steps a second of many runs at once, and what a step costs each role in CPU time."""
     runs, steps = size.throughput_runs, size.throughput_steps
+    turns = asyncio.Semaphore(size.at_once)
+
+    async def one() -> None:
+        async with turns:
+            await subject.run(steps)
+
     before, began = subject.cpu_seconds(), time.perf_counter()
-    await asyncio.gather(*(subject.run(steps) for _ in range(runs)))
+    await asyncio.gather(*(one() for _ in range(runs)))
     seconds, after = time.perf_counter() - began, subject.cpu_seconds()
-    what = f"{where}{runs} runs of {steps} steps at once"
+    what = f"{where}{runs} runs of {steps} steps{f', {size.at_once}' if size.at_once < runs else ''} at once"
     return [
         Figure(group, f"{THROUGHPUT}, {what}", runs * steps / seconds, "steps/s"),
         *(

@@ -120,9 +120,10 @@ def _unprivileged() -> str | None:
     return "postgres" if "postgres" in known else "nobody"
 
 
+AT_ONCE = 20
 NOTES = (
     "Steps are awaited calls in the client's own process, so its CPU is all of it; runs by `start_workflow_async`, "
-    "without a queue; pools as they are by default."
+    f"without a queue, {AT_ONCE} at once, as many as its pool has connections by default: with hundreds it is slower."
 )
 VARIANTS = {
     "dbos-sqlite": Variant(
@@ -133,6 +134,7 @@ VARIANTS = {
             NOTES + " Its makers recommend PostgreSQL for production.",
         ),
         sqlite,
+        AT_ONCE,
     ),
     "dbos-postgres": Variant(
         System(
@@ -142,6 +144,7 @@ VARIANTS = {
             NOTES,
         ),
         postgres,
+        AT_ONCE,
     ),
 }
 

@@ -39,10 +39,12 @@ class Variant(NamedTuple):
 
     Attributes:
         running: starts it, with its data in a folder of its own, and gives a client of it. Raises `Unavailable`.
+        at_once: how many runs it is given at once, at most, to measure its throughput.
     """
 
     system: System
     running: Callable[[Path], AbstractAsyncContextManager[Subject]]
+    at_once: int = SIZE.at_once
 
 
 def home(peer: str) -> Path:
@@ -65,7 +67,7 @@ def versions(*packages: str) -> str:
 async def _measured(name: str, variant: Variant, folder: Path, size: Size) -> dict[str, object]:
     try:
         async with variant.running(folder) as subject:
-            figures = await measure(name, subject, size)
+            figures = await measure(name, subject, size._replace(at_once=variant.at_once))
     except Unavailable as reason:
         return {"unavailable": str(reason)}
     return {"system": asdict(variant.system), "figures": [asdict(figure) for figure in figures]}

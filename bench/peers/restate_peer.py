@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["restate-sdk==1.3.0", "hypercorn==0.18.0", "httpx==0.28.1", "psutil==7.2.2"]
+# dependencies = ["restate-sdk==1.3.0", "hypercorn==0.18.0", "aiohttp==3.14.5", "psutil==7.2.2"]
 #
 # [tool.bench]
 # variants = ["restate-calls", "restate-run"]
@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import urllib.request
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx
+import aiohttp
 import restate
 from figures import System
 from peer import CLIENT, Unavailable, Variant, free_port, home, main, versions
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 NPM = "node_modules/@restatedev"
 SERVER = f"{NPM}/restate-server-*/bin/restate-server"  # a package for each platform
-PATIENCE = 300.0
+PATIENCE = 300.0  # seconds
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 bench = restate.Service("Bench")
 
@@ -83,7 +85,7 @@ workers = 1
 class Client:
     """A client of the server's ingress."""
 
-    def __init__(self, http: httpx.AsyncClient, handler: str, processes: Processes) -> None:
+    def __init__(self, http: aiohttp.ClientSession, handler: str, processes: Processes) -> None:
         self._http = http
         self._handler = handler
         self.check = processes.check
@@ -91,7 +93,9 @@ class Client:
 
     async def run(self, steps: int) -> None:
         """Calls the handler and waits for its answer."""
-        (await self._http.post(f"/Bench/{self._handler}", json=steps)).raise_for_status()
+        async with self._http.post(f"/Bench/{self._handler}", json=steps) as answer:
+            answer.raise_for_status()
+            await answer.read()
 
 
 @asynccontextmanager
@@ -113,25 +117,24 @@ async def running(handler: str, folder: Path) -> AsyncIterator[Client]:
         )
         processes.watch(CLIENT, os.getpid())
         processes.wait_until(lambda: _registered(ports))
-        async with httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{ports['ingress']}",
-            timeout=PATIENCE,
-            limits=httpx.Limits(max_connections=None),
-            trust_env=False,
+        async with aiohttp.ClientSession(
+            f"http://127.0.0.1:{ports['ingress']}",
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=PATIENCE),
         ) as http:
             yield Client(http, handler, processes)
 
 
 def _registered(ports: dict[str, int]) -> bool:
+    body = json.dumps({"uri": f"http://127.0.0.1:{ports['service']}"}).encode()
+    asked = urllib.request.Request(
+        f"http://127.0.0.1:{ports['admin']}/deployments", body, {"Content-Type": "application/json"}
+    )
     try:
-        answer = httpx.post(
-            f"http://127.0.0.1:{ports['admin']}/deployments",
-            json={"uri": f"http://127.0.0.1:{ports['service']}"},
-            trust_env=False,
-        )
-    except httpx.HTTPError:
+        DIRECTLY.open(asked, timeout=10).close()
+    except OSError:
         return False
-    return answer.is_success
+    return True
 
 
 def _variant(handler: str, how: str) -> Variant:

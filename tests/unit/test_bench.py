@@ -35,7 +35,7 @@ class Counting:
 
 def test_the_work_of_a_measurement_is_the_work_that_its_figures_name() -> None:
     system = Counting()
-    size = measure.Size(3, 30, 40, 7, 25, warm_up=0)
+    size = measure.Size(3, 30, 40, 7, short_runs=25, warm_up=0)
     (step,) = asyncio.run(measure.sequential("g", system, size))
     assert step.what == "sequential step, p50 of 3 runs of 30"
     assert system.runs.count(30) == 3
@@ -51,9 +51,25 @@ def test_the_work_of_a_measurement_is_the_work_that_its_figures_name() -> None:
 
 def test_who_is_slow_does_less_and_says_so() -> None:
     system = Counting()
-    found = asyncio.run(measure.measure("g", system, measure.Size(2, 200, 500, 20, 200, warm_up=0, limit=0)))
+    found = asyncio.run(measure.measure("g", system, measure.Size(2, 200, 500, 20, short_runs=200, warm_up=0, limit=0)))
     assert [figure.what.rpartition(" of ")[2] for figure in found[:3]] == ["20", "20", "20"]
     assert found[3].what == f"throughput, {measure.WARM_UP_RUNS} runs of 20 steps at once"
+
+
+def test_runs_beyond_those_at_once_wait_their_turn() -> None:
+    class Slow(Counting):
+        now = most = 0
+
+        async def run(self, steps: int) -> None:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            await asyncio.sleep(0)
+            self.now -= 1
+
+    system = Slow()
+    size = measure.Size(throughput_runs=40, throughput_steps=7, at_once=5)
+    rate, _ = asyncio.run(measure.throughput("g", system, size))
+    assert (system.most, rate.what) == (5, "throughput, 40 runs of 7 steps, 5 at once")
 
 
 def test_every_system_has_every_measure() -> None:

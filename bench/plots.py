@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
-from figures import MEASURES, SCALE, STEP, THROUGHPUT
+from figures import MEASURES, SCALE, STEP, THROUGHPUT, text
 from matplotlib.figure import Figure as Picture
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ def _systems(picture: Picture, session: Session) -> None:
     left, right = picture.subplots(1, 2, sharey=True)
     for axes, measure, unit in ((left, STEP, "ms, less is better"), (right, THROUGHPUT, "steps/s, more is better")):
         values = [session.value(group, measure) or 0 for group in groups]
-        colours = [OURS if group in {"kafka", "embedded"} else THEIRS for group in groups]
-        bars = axes.barh([session.systems[group].title for group in groups], values, color=colours)
-        axes.bar_label(bars, fmt="{:,.3g}", padding=3)
+        colours = [OURS if session.systems[group].title.startswith("durably") else THEIRS for group in groups]
+        bars = axes.barh([session.systems[group].title.replace("`", "") for group in groups], values, color=colours)
+        axes.bar_label(bars, [text(value, "") for value in values], padding=3)
         axes.set_title(MEASURES[measure])
         axes.set_xlabel(unit)
         axes.margins(x=0.2)

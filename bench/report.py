@@ -18,7 +18,12 @@ from length import FIRST, LAST
 FOLDER = Path(__file__).parent
 PACKAGES = ("durably", "confluent-kafka", "rocksdict", "fastavro", "msgspec")
 UNITS = {STEP: "ms", THROUGHPUT: "steps/s", CPU: "µs/step"}
-TITLES = {"floor": "The broker alone", "kafka": "durably on Kafka", "embedded": "durably on the embedded broker"}
+TITLES = {
+    "floor": "The broker alone",
+    "kafka": "durably on Kafka",
+    "kafka-fsync": "durably on Kafka, fsynced",
+    "embedded": "durably on the embedded broker",
+}
 
 
 def _cpu() -> str:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 from durably import AsyncClient
 from processes import Processes
 from workflows import sequence, waves
@@ -26,17 +27,22 @@ PATIENCE = 300.0  # seconds
 
 
 @contextmanager
-def roles(names: tuple[str, ...], environment: Mapping[str, str], folder: Path) -> Iterator[Processes]:
+def roles(
+    names: tuple[str, ...], environment: Mapping[str, str], folder: Path, *, fsync: bool = False
+) -> Iterator[Processes]:
     """The processes of one installation.
 
     Args:
         names: subcommands of ``durably``; one that stands there twice is started twice.
         environment: the settings, ``DURABLY_*``.
         folder: for the processors' data and the processes' output.
+        fsync: whether the broker syncs its disk at every append to the installation's topics.
     """
     settings = os.environ | environment
     if not settings["DURABLY_URL"].startswith("embedded:"):
         subprocess.run([DURABLY, "topics", "create"], env=settings, check=True, stdout=subprocess.DEVNULL)
+    if fsync:
+        _fsync_appends(settings["DURABLY_URL"].removeprefix("kafka://"), settings["DURABLY_NAMESPACE"])
     with Processes(folder) as processes:
         for number, name in enumerate(names):
             data = str(folder / f"data-{number}")
@@ -44,6 +50,15 @@ def roles(names: tuple[str, ...], environment: Mapping[str, str], folder: Path) 
         # A client that came first would open an embedded broker's folder itself.
         processes.wait_until(lambda: all("ready: " in said for name in names for said in processes.outputs(name)))
         yield processes
+
+
+def _fsync_appends(bootstrap: str, namespace: str) -> None:
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    at_once = ConfigEntry("flush.messages", "1", incremental_operation=AlterConfigOpType.SET)
+    topics = [topic for topic in admin.list_topics(timeout=30).topics if topic.startswith(f"{namespace}.")]
+    changes = [ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[at_once]) for topic in topics]
+    for changed in admin.incremental_alter_configs(changes).values():
+        changed.result(30)
 
 
 class Installation:
@@ -68,7 +83,7 @@ class Installation:
 
 @asynccontextmanager
 async def installation(
-    names: tuple[str, ...], url: str, broker_pid: int | None = None, **settings: str
+    names: tuple[str, ...], url: str, broker_pid: int | None = None, *, fsync: bool = False, **settings: str
 ) -> AsyncIterator[Installation]:
     """Starts an installation with topics of its own, and ends it.
 
@@ -76,13 +91,14 @@ async def installation(
         names: subcommands of ``durably``.
         url: of the broker; ``{folder}`` stands for a folder that lasts as long as the installation.
         broker_pid: the process whose CPU time counts as the broker's.
+        fsync: whether the broker syncs its disk at every append to the installation's topics.
         settings: ``DURABLY_*``.
     """
     namespace = f"bench-{uuid.uuid4().hex[:8]}"
     with tempfile.TemporaryDirectory(prefix="durably-bench-") as folder:
         where = url.format(folder=folder)
         environment = {"DURABLY_URL": where, "DURABLY_NAMESPACE": namespace, **settings}
-        with roles(names, environment, Path(folder)) as processes:
+        with roles(names, environment, Path(folder), fsync=fsync) as processes:
             if broker_pid is not None:
                 processes.watch("broker", broker_pid)
             processes.watch("client", os.getpid())

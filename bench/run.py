@@ -42,6 +42,12 @@ SYSTEMS = {
         "one broker, so a loss of power may lose what several would keep",
         "One processor, one worker, 12 partitions.",
     ),
+    "kafka-fsync": System(
+        "durably on Kafka, fsynced",
+        VERSIONS,
+        "`flush.messages=1` on its topics, so each append is fsynced before it is acknowledged; Kafka's own topics are not",
+        "Not how Kafka is usually run; here because most of the others sync their disks at every step.",
+    ),
     "embedded": System(
         "durably on the embedded broker",
         VERSIONS,
@@ -50,8 +56,9 @@ SYSTEMS = {
     ),
 }
 PEERS = {variant: peer for peer in peers() for variant in peer.variants}
-SECTIONS = ("floor", "kafka", "embedded", "length", "scale", *PEERS)
-ON_BROKER = {"floor", "kafka", "length", "scale"}
+SECTIONS = ("floor", "kafka", "kafka-fsync", "embedded", "length", "scale", *PEERS)
+LONG = {"kafka", "embedded"}  # where the length of a log is measured
+ON_BROKER = {"floor", "kafka", "kafka-fsync", "length", "scale"}
 
 
 @contextmanager
@@ -97,10 +104,11 @@ class Bench:
                 self._add(Floors(bootstrap).figures())
             if self._wanted & ON_BROKER - {"floor"}:
                 url, pid = f"kafka://{bootstrap}", broker_pid(bootstrap)
-                asyncio.run(self._durably("kafka", ("processor", "worker"), url, pid))
+                for group in ("kafka", "kafka-fsync"):
+                    asyncio.run(self._durably(group, ("processor", "worker"), url, pid))
                 if "scale" in self._wanted:
                     self._add(*asyncio.run(measure_scale(url, pid, self._size)))
-        # The broker is gone by now: an idle one still takes some percent of a core.
+        # A broker of the bench's own is gone by now: an idle one still takes some percent of a core.
         asyncio.run(self._durably("embedded", ("dev",), "embedded:{folder}/broker", None))
         for variant, peer in PEERS.items():
             if variant in self._wanted:
@@ -108,13 +116,14 @@ class Bench:
         self.session.conditions["load after"] = report.load()
 
     async def _durably(self, group: str, names: tuple[str, ...], url: str, pid: int | None) -> None:
-        if not self._wanted & {group, "length"}:
+        long = "length" in self._wanted and group in LONG
+        if not long and group not in self._wanted:
             return
         self.session.systems[group] = SYSTEMS[group]
-        async with installation(names, url, pid) as running:
+        async with installation(names, url, pid, fsync=group == "kafka-fsync") as running:
             if group in self._wanted:
                 self._add(await measure(group, running, self._size))
-            if "length" in self._wanted:
+            if long:
                 self._add(*await measure_length(group, running, self._size))
 
     def _peer(self, variant: str, peer: Peer) -> None:

@@ -124,12 +124,14 @@ class Peer:
         if not self._current():
             raise Unavailable("not installed in this version: make bench-peers")
         with tempfile.TemporaryDirectory(prefix="bench-peer-") as folder:
+            # What it leaves behind when it is killed goes with this folder. Readable: PostgreSQL does not run as root.
+            Path(folder).chmod(0o755)
             out = Path(folder) / "found.json"
             command = [self._python, self._script, variant, "--out", out, *(["--small"] if small else [])]
             # In a session of its own, so that what it has started can be ended with it.
             process = subprocess.Popen(
                 command,
-                env=os.environ | {"PYTHONPATH": str(BENCH)},
+                env=os.environ | {"PYTHONPATH": str(BENCH), "TMPDIR": folder},
                 cwd=folder,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

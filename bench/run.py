@@ -26,7 +26,7 @@ from figures import Curve, Figure, System, text
 from floors import Floors
 from history import Session
 from length import measure_length
-from measure import SMALL, Size, measure
+from measure import SMALL, Size, measure, warm_up
 from roles import installation
 from scale import measure_scale
 
@@ -123,6 +123,8 @@ class Bench:
         async with installation(names, url, pid, fsync=group == "kafka-fsync") as running:
             if group in self._wanted:
                 self._add(await measure(group, running, self._size))
+            else:
+                await warm_up(running, self._size.warm_up)
             if long:
                 self._add(*await measure_length(group, running, self._size))
 

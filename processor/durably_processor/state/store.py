@@ -1,7 +1,7 @@
 """One partition's RocksDB: the logs of its runs, and what is derived from them.
 
-    e | run | seq         an Event, as it is on the topic
-    r | run               the run's Header
+    e | run | seq         an Event, as it is on the topic; or several that follow each other, under the seq of the last
+    r | run               the run's Header; empty where recovery found the run's whole log, and left it to be derived
     o | run | id          an open item
     t | due | run | id    its timer
     b | run               the run is blocked
@@ -24,9 +24,12 @@ from typing import NamedTuple
 
 import msgspec
 from durably.errors import ConfigurationError
-from rocksdict import AccessType, Options, Rdict, ReadOptions, WriteBatch
+from durably_schemas import Codec
+from durably_schemas.codec import MARKER
+from durably_schemas.records import Event
+from rocksdict import AccessType, Options, Rdict, ReadOptions, WriteBatch, WriteOptions
 
-from durably_processor.engine.state import Header, OpenItem, RunState
+from durably_processor.engine.state import Header, OpenItem, RunState, created
 
 Changes = dict[bytes, bytes | None]
 """Keys to put, or with None to delete."""
@@ -36,6 +39,8 @@ _TOPIC = b"i"
 _encode = msgspec.msgpack.Encoder().encode
 _header = msgspec.msgpack.Decoder(Header).decode
 _item: msgspec.msgpack.Decoder[OpenItem] = msgspec.msgpack.Decoder(OpenItem)
+_several = msgspec.msgpack.Decoder(list[bytes]).decode
+_codec = Codec()
 
 
 class Holder(msgspec.Struct, frozen=True, array_like=True):
@@ -72,6 +77,23 @@ def _prefixed(text: str) -> bytes:
 def event_key(run_id: str, seq: int) -> bytes:
     """Of one event."""
     return b"e" + _prefixed(run_id) + seq.to_bytes(8, "big")
+
+
+def several(values: list[bytes]) -> bytes:
+    """Events that follow each other, as they are stored under one key: that of the last."""
+    return _encode(values) if len(values) > 1 else values[0]
+
+
+def folded(values: Iterable[bytes]) -> RunState:
+    """The state that a log from its first event on leads to."""
+    state: RunState | None = None
+    for value in values:
+        event = _codec.decode_as(Event, value)
+        state = state or created(event)
+        state.apply(event)
+    assert state is not None, "a log has a first event"
+    state.touched.clear()
+    return state
 
 
 def timer_key(due: int, run: bytes, correlation_id: str) -> bytes:
@@ -150,6 +172,11 @@ class Stored:
         return timers
 
 
+def header_key(run_id: str) -> bytes:
+    """Of a run's header."""
+    return b"r" + _prefixed(run_id)
+
+
 def blocked_key(run_id: str) -> bytes:
     """Of a blocked run."""
     return b"b" + _prefixed(run_id)
@@ -166,6 +193,8 @@ class Store:
         self.path = path
         self._lock = threading.Lock()
         self._closed = False
+        self._unlogged = WriteOptions()
+        self._unlogged.disable_wal = True
         path.parent.mkdir(parents=True, exist_ok=True)
         options = Options(raw_mode=True)
         options.create_if_missing(True)
@@ -181,17 +210,26 @@ class Store:
                 f"{path} is open in another process: give each processor a data directory of its own (DURABLY_DATA_DIR)"
             ) from e
 
-    def write(self, changes: Mapping[bytes, bytes | None]) -> None:
-        """Writes all of it or nothing."""
+    def write(self, changes: Mapping[bytes, bytes | None], *, logged: bool = True) -> None:
+        """Writes all of it or nothing.
+
+        ``logged=False``: without RocksDB's own log, for much that can be read again. A crash then takes back the last
+        such writes together; `flush` must come before the next write that is logged, which would survive them.
+        """
         batch = WriteBatch(raw_mode=True)
+        put = batch.put
         for key, value in changes.items():
             if value is None:
                 batch.delete(key)
             else:
-                batch.put(key, value)
+                put(key, value)
         with self._lock:
             if not self._closed:  # closed: a commit thread that was given up comes back late
-                self._db.write(batch)
+                self._db.write(batch, None if logged else self._unlogged)
+
+    def flush(self) -> None:
+        """What was written is on disk when this returns."""
+        self._db.flush()
 
     def close(self) -> None:
         """Closes the files; they are kept."""
@@ -207,8 +245,9 @@ class Store:
 
     def clear(self) -> None:
         """Forgets everything: it will be read from the topic again."""
-        for key in list(self._db.keys()):
-            self._db.delete(key)
+        batch = WriteBatch(raw_mode=True)
+        batch.delete_range(b"", b"\xff")
+        self._db.write(batch)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -225,6 +264,8 @@ class Store:
         if value is None:
             return None
         prefix = b"o" + run
+        if not value:
+            return folded(self.events(run_id))
         items = {key[len(prefix) :].decode(): _item.decode(data) for key, data in self._scan(prefix)}
         return RunState(_header(value), items)
 
@@ -239,14 +280,16 @@ class Store:
 
     def event(self, run_id: str, seq: int) -> bytes | None:
         """One event, encoded."""
-        value: bytes | None = self._db.get(event_key(run_id, seq))
-        return value
+        return next(self.events(run_id, seq), None)
 
     def events(self, run_id: str, from_seq: int = 1) -> Iterator[bytes]:
         """A run's log in order, encoded."""
-        prefix = b"e" + _prefixed(run_id)
-        for _, value in self._scan(prefix, start=event_key(run_id, from_seq)):
-            yield value
+        for key, value in self._scan(b"e" + _prefixed(run_id), start=event_key(run_id, from_seq)):
+            if value[:2] == MARKER:
+                yield value
+            else:  # a key names the last of its events: the first group may begin before from_seq
+                values = _several(value)
+                yield from values[max(0, len(values) - 1 - int.from_bytes(key[-8:], "big") + from_seq) :]
 
     def timers(self, since: int, until: int) -> list[Timer]:
         """All timers that are due from ``since`` on and before ``until``, in order."""

@@ -1,0 +1,265 @@
+"""What a stretch of one partition's log makes of its store. Runs no user code, and does no I/O but through the store.
+
+Recovery is bound by what it does for each event, so most are never decoded: events are grouped by run, a look at a few
+bytes says which follow which and of what type they are, and then
+
+    a run that begins and ends within the stretch    its log is stored; whoever asks derives its state (`Store.state`)
+    a step or wait that opens and closes within it   leaves no trace in the state: its events are stored unread
+    anything else                                    is decoded, and applied by `RunState.apply`, as when it happened
+
+What does not look as this version writes it takes the last way, event by event.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from durably_schemas import Codec
+from durably_schemas import events as ev
+from durably_schemas.codec import MARKER, fingerprint_of, schema_of
+from durably_schemas.compiled import read_long, varint
+from durably_schemas.records import TERMINAL, Event
+
+from durably_processor.engine.state import RunState, created
+from durably_processor.state.store import (
+    Changes,
+    Store,
+    Stored,
+    Token,
+    blocked_key,
+    encode_token,
+    event_key,
+    header_key,
+    resume_key,
+    several,
+    token_key,
+)
+from durably_processor.tokens import applied
+
+LARGEST = 200
+"""Events of an ended run whose state is left to be derived: whoever asks for it does not wait long."""
+A_GROUP, GROUP_BYTES = 64, 64 * 1024
+"""What is stored under one key at most, but for single events: a page of a log should not cost much more than it holds."""
+
+_PREFIX = MARKER + fingerprint_of(schema_of("Event"))
+_SEQS = [varint(n) for n in range(8_192)]
+_SYMBOLS = next(f["type"]["symbols"] for f in schema_of("Event")["fields"] if f["name"] == "type")
+
+
+def _codes(*types: str) -> frozenset[int]:
+    """How event types begin on the wire: by an index, zig-zag, in one byte."""
+    return frozenset(2 * _SYMBOLS.index(name) for name in types)
+
+
+_ENDS = _codes(*(f"run_{status}" for status in TERMINAL))
+_RECEIVED = _codes("hook_received")
+_COMPLETED = _codes("step_completed")
+_CLOSING = _codes("step_completed", "step_failed", "step_cancelled", "wait_completed")
+_OPEN = _codes("step_created", "step_started", "step_scheduled", "step_retrying", "wait_created") | _CLOSING
+_CREATING = _codes("step_created", "wait_created")
+
+
+class Stretch:
+    """Events in the order of the log, until `changes` is asked for; then the next ones.
+
+    Args:
+        store: what it is applied to. Only read from: the caller writes the changes before it asks for more.
+        cut: the log has lost its beginning, and with it that of runs which were purged: what is left of those is passed
+            over.
+    """
+
+    def __init__(self, store: Store, codec: Codec, *, cut: bool) -> None:
+        self._store = store
+        self._codec = codec
+        self._cut = cut
+        self._logs: defaultdict[bytes, list[bytes]] = defaultdict(list)
+        self._known: dict[str, tuple[RunState, Stored]] = {}  # open runs of this stretch and the one before it
+        self._touched: dict[str, None] = {}
+        self._tokens: dict[str, Token] = {}
+        self._changes: Changes = {}
+
+    @property
+    def logs(self) -> defaultdict[bytes, list[bytes]]:
+        """Encoded events by the key of their records: whoever reads the topic appends to these."""
+        return self._logs
+
+    def changes(self) -> Changes:
+        """What the events appended since the last call change in the store.
+
+        Raises:
+            LookupError: an event is missing before one of these.
+        """
+        for key, values in self._logs.items():
+            self._take(key, values)
+        self._logs.clear()
+        changes, self._changes = self._changes, {}
+        known = {run_id: self._known[run_id] for run_id in self._touched}
+        for run_id, (state, stored) in known.items():
+            stored.changes(state, changes, set())
+            if state.header.blocked:
+                changes[blocked_key(run_id)] = b""
+            elif stored.blocked:
+                changes[blocked_key(run_id)] = None
+            stored.blocked = state.header.blocked
+        self._touched.clear()
+        self._known = {run_id: pair for run_id, pair in known.items() if not pair[0].terminal}
+        for name, token in self._tokens.items():
+            changes[token_key(name)] = encode_token(token)
+        self._tokens.clear()
+        return changes
+
+    # -- by the log ------------------------------------------------------------------------------------------------
+
+    def _take(self, key: bytes, values: list[bytes]) -> None:
+        prefix = _PREFIX + varint(len(key)) + key
+        first, at = read_long(values[0], len(prefix))
+        types = _types(values, prefix, first, at)
+        if types is None:
+            self._one_by_one(values)
+            return
+        run_id = key.decode()
+        known = self._run(run_id)
+        if known is None and first == 1:
+            if types[-1] in _ENDS and len(values) <= LARGEST:
+                self._store_log(run_id, first, values)
+                self._changes[header_key(run_id)] = b""
+                self._note_resumes(types, values)
+                return
+            known = self._begin(run_id, self._decoded(values[0]))
+        if known is None or first != known[0].header.seq + 1:
+            self._one_by_one(values)
+            return
+        last = self._decoded(values[-1])
+        if last.at < known[0].header.created_at:
+            return  # of an earlier run with this id, which was purged
+        self._store_log(run_id, first, values)
+        self._apply(run_id, known[0], types, values, at, last)
+
+    def _apply(self, run_id: str, state: RunState, types: bytes, values: list[bytes], at: int, last: Event) -> None:
+        """Applies what leaves a trace: what is open at the end, and all that is not about a step or wait."""
+        passed = _passed(types, values, at)
+        for kind, value, skip in zip(types, values, passed, strict=True):
+            if skip is None:
+                event = self._decoded(value)
+                state.apply(event)
+                if kind in _RECEIVED:
+                    self._note_resume(event)
+        state.header.seq, state.header.at = last.seq, last.at
+        self._touched[run_id] = None
+
+    def _note_resumes(self, types: bytes, values: list[bytes]) -> None:
+        for kind, value in zip(types, values, strict=True):
+            if kind in _RECEIVED:
+                self._note_resume(self._decoded(value))
+
+    def _note_resume(self, event: Event) -> None:
+        assert isinstance(event.data, ev.HookReceived), event
+        assert event.correlation_id is not None, event
+        self._changes[resume_key(event.run_id, event.correlation_id, event.data.resume_id)] = b""
+
+    def _store_log(self, run_id: str, first: int, values: list[bytes]) -> None:
+        for start in range(0, len(values), A_GROUP):
+            group = values[start : start + A_GROUP]
+            if sum(map(len, group)) <= GROUP_BYTES:
+                self._changes[event_key(run_id, first + start + len(group) - 1)] = several(group)
+            else:
+                for n, value in enumerate(group, first + start):
+                    self._changes[event_key(run_id, n)] = value
+
+    # -- event by event --------------------------------------------------------------------------------------------
+
+    def _one_by_one(self, values: list[bytes]) -> None:
+        for value in values:
+            event = self._decoded(value)
+            data = event.data
+            if isinstance(data, ev.TokenClaimed | ev.TokenReleased):
+                token = self._tokens.get(data.token) or self._store.token(data.token)
+                self._tokens[data.token] = applied(token, data)
+            elif (state := self._next(event)) is not None:
+                state.apply(event)
+                self._changes[event_key(event.run_id, event.seq)] = value
+                self._touched[event.run_id] = None
+                if isinstance(data, ev.HookReceived):
+                    self._note_resume(event)
+
+    def _next(self, event: Event) -> RunState | None:
+        """The state that an event is to be applied to; None for one that is not to be applied."""
+        known = self._run(event.run_id)
+        if known is None:
+            if isinstance(event.data, ev.RunCreated):
+                return self._begin(event.run_id, event)[0]
+            if self._cut:
+                return None  # what is left of a run that was purged
+            raise LookupError(f"the log of run {event.run_id} begins with seq {event.seq}: {event.type}")
+        header = known[0].header
+        if event.seq <= header.seq:
+            return None  # applied before, but the process ended before its checkpoint was written
+        if event.seq != header.seq + 1:
+            raise LookupError(f"run {event.run_id}: seq {header.seq} is followed by {event.seq}")
+        return known[0]
+
+    def _run(self, run_id: str) -> tuple[RunState, Stored] | None:
+        known = self._known.get(run_id)
+        if known is None:
+            state = self._store.state(run_id)
+            if state is None:
+                return None
+            known = self._known[run_id] = (state, Stored(run_id, state))
+        return known
+
+    def _begin(self, run_id: str, first: Event) -> tuple[RunState, Stored]:
+        known = self._known[run_id] = (created(first), Stored(run_id))
+        return known
+
+    def _decoded(self, value: bytes) -> Event:
+        return self._codec.decode_as(Event, value)
+
+
+def _types(values: list[bytes], prefix: bytes, first: int, at: int) -> bytes | None:
+    """The types of these events, as their codes; None where they are not all of one run, one following the other.
+
+    Args:
+        values: encoded events.
+        prefix: how an event of the run begins, up to its seq.
+        first: the first one's seq.
+        at: where that ends.
+    """
+    seqs = _SEQS[first : first + len(values)]
+    if len(seqs) != len(values):
+        seqs = [varint(n) for n in range(first, first + len(values))]
+    if [value[:at] for value in values] != [prefix + seq for seq in seqs]:
+        return None  # or the seq has become a byte longer
+    return bytes([value[at] for value in values])
+
+
+def _passed(types: bytes, values: list[bytes], at: int) -> list[bytes | None]:
+    """For each event the step or wait that it is about, where that opens and closes among these; else None."""
+    about: list[bytes | None] = [
+        _about(value, at) if kind in _OPEN else None for kind, value in zip(types, values, strict=True)
+    ]
+    opened = {name for kind, name in zip(types, about, strict=True) if kind in _CREATING}
+    closed = {
+        name
+        for kind, name, value in zip(types, about, values, strict=True)
+        if kind in _CLOSING and not (kind in _COMPLETED and _wrote_streams(value, at))
+    }
+    whole = (opened & closed) - {None}
+    return [name if name in whole else None for name in about]
+
+
+def _about(value: bytes, at: int) -> bytes | None:
+    """The correlation id of an event whose type stands at a place."""
+    size = value[at + 2]
+    return value[at + 3 : at + 3 + (size >> 1)] if value[at + 1] == 2 and size < 0x80 else None
+
+
+def _wrote_streams(value: bytes, at: int) -> bool:
+    """Whether a step_completed tells of streams, which the run's header names."""
+    place = at + 3 + (value[at + 2] >> 1)
+    _, place = read_long(value, place)  # at
+    _, place = read_long(value, place)  # which kind of data
+    _, place = read_long(value, place)  # attempt
+    for _ in ("content_type", "data"):
+        size, place = read_long(value, place)
+        place += size
+    return value[place] != 0

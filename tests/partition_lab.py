@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import msgspec
 from durably import create_hook, sleep, step
 from durably.authoring import Registry, WorkflowDefinition
 from durably.broker import connect
@@ -15,10 +16,11 @@ from durably.payloads import dump, dump_arguments, load
 from durably_processor.engine.execution import Environment
 from durably_processor.partition import Partition
 from durably_processor.restore import Restore
-from durably_processor.state.store import CHECKPOINT, Store
+from durably_processor.state.store import CHECKPOINT, Store, event_key
 from durably_processor.turn import Part, Turn
 from durably_schemas import Catalogue, Codec
 from durably_schemas import records as rec
+from durably_schemas.codec import MARKER
 from engine_bench import step_result
 
 T0 = 1_700_000_000_000
@@ -155,8 +157,20 @@ def rebuilt(lab: Lab, folder: Path) -> Iterator[tuple[Store, Restore]]:
 
 
 def content(store: Store, kinds: bytes) -> dict[bytes, bytes]:
-    """What a store holds under keys that begin with one of these letters."""
-    return {key: value for key, value in store._db.items() if key[:1] in kinds}
+    """What a store holds under keys that begin with one of these letters; what recovery left packed, unpacked."""
+    found = {}
+    for key, value in store._db.items():
+        if key[:1] not in kinds:
+            continue
+        if key[:1] == b"e":
+            run_id, last = key[3:-8].decode(), int.from_bytes(key[-8:], "big")
+            values = [value] if value[:2] == MARKER else msgspec.msgpack.decode(value)
+            found |= {event_key(run_id, n): v for n, v in enumerate(values, last + 1 - len(values))}
+        elif key[:1] == b"r" and not value:
+            found[key] = msgspec.msgpack.encode(store.state(key[3:].decode()).header)
+        else:
+            found[key] = value
+    return found
 
 
 def requests(part: Part, early: bool) -> list[rec.StepRequest]:

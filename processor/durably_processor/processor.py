@@ -36,6 +36,8 @@ POLL = 0.2
 """Seconds that a poll waits at most: failures of the commit thread are noticed after it."""
 JOINING = 0.02
 """Seconds that it waits while it owns nothing."""
+RESTORING = 0.02
+"""Seconds of each pass that go to restoring partitions while others are active."""
 RECORDS_A_TURN = 1_000
 DRAIN = 5.0
 """Seconds that a revoke waits for what is under way."""
@@ -243,8 +245,10 @@ class Processor:
         begun = [number for number, restore in self._restoring.items() if restore is None]
         if begun:
             self._begin(begun)
+        # Active partitions wait meanwhile: all that are restored share one short time.
+        share = (RESTORING if self._partitions else POLL) / max(1, len(self._restoring))
         for number, restore in list(self._restoring.items()):
-            if restore is not None and restore.step(0.05):
+            if restore is not None and restore.step(share):
                 self._activate(number)
 
     def _tps(self, numbers: Sequence[int]) -> list[TP]:

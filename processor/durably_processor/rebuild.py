@@ -13,6 +13,7 @@ What does not look as this version writes it takes the last way, event by event.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 from durably_schemas import Codec
 from durably_schemas import events as ev
@@ -41,6 +42,9 @@ LARGEST = 200
 A_GROUP, GROUP_BYTES = 64, 64 * 1024
 """What is stored under one key at most, but for single events: a page of a log should not cost much more than it holds."""
 
+A_PIECE = 10_000
+"""Events that are written to the store together; what else the thread has to do waits for no more."""
+
 _PREFIX = MARKER + fingerprint_of(schema_of("Event"))
 _SEQS = [varint(n) for n in range(8_192)]
 _SYMBOLS = next(f["type"]["symbols"] for f in schema_of("Event")["fields"] if f["name"] == "type")
@@ -52,15 +56,15 @@ def _codes(*types: str) -> frozenset[int]:
 
 
 _ENDS = _codes(*(f"run_{status}" for status in TERMINAL))
-_RECEIVED = _codes("hook_received")
-_COMPLETED = _codes("step_completed")
+(_RECEIVED,) = _codes("hook_received")
+(_COMPLETED,) = _codes("step_completed")
 _CLOSING = _codes("step_completed", "step_failed", "step_cancelled", "wait_completed")
 _OPEN = _codes("step_created", "step_started", "step_scheduled", "step_retrying", "wait_created") | _CLOSING
 _CREATING = _codes("step_created", "wait_created")
 
 
 class Stretch:
-    """Events in the order of the log, until `changes` is asked for; then the next ones.
+    """Events in the order of the log, until `pieces` are asked for; then the next ones.
 
     Args:
         store: what it is applied to. Only read from: the caller writes the changes before it asks for more.
@@ -73,8 +77,8 @@ class Stretch:
         self._codec = codec
         self._cut = cut
         self._logs: defaultdict[bytes, list[bytes]] = defaultdict(list)
-        self._known: dict[str, tuple[RunState, Stored]] = {}  # open runs of this stretch and the one before it
-        self._touched: dict[str, None] = {}
+        self._known: dict[bytes, tuple[RunState, Stored]] = {}  # the open runs of these events, and of those before
+        self._touched: dict[bytes, None] = {}
         self._tokens: dict[str, Token] = {}
         self._changes: Changes = {}
 
@@ -83,29 +87,44 @@ class Stretch:
         """Encoded events by the key of their records: whoever reads the topic appends to these."""
         return self._logs
 
-    def changes(self) -> Changes:
-        """What the events appended since the last call change in the store.
+    def pieces(self) -> Iterator[Changes]:
+        """What the events appended since the last call change in the store, to be written one after the other.
+
+        When only some have been written, the same events may be appended again.
 
         Raises:
             LookupError: an event is missing before one of these.
         """
-        for key, values in self._logs.items():
+        logs, self._logs = self._logs, defaultdict(list)
+        earlier, self._known = self._known, {}
+        count = 0
+        for key, values in logs.items():
+            if (known := earlier.get(key)) is not None:
+                self._known[key] = known
             self._take(key, values)
-        self._logs.clear()
+            count += len(values)
+            if count >= A_PIECE:
+                yield self._piece()
+                count = 0
+        last = self._piece()
+        for name, token in self._tokens.items():
+            last[token_key(name)] = encode_token(token)
+        self._tokens.clear()
+        yield last
+
+    def _piece(self) -> Changes:
         changes, self._changes = self._changes, {}
-        known = {run_id: self._known[run_id] for run_id in self._touched}
-        for run_id, (state, stored) in known.items():
+        for key in self._touched:
+            state, stored = self._known[key]
             stored.changes(state, changes, set())
             if state.header.blocked:
-                changes[blocked_key(run_id)] = b""
+                changes[blocked_key(state.header.run_id)] = b""
             elif stored.blocked:
-                changes[blocked_key(run_id)] = None
+                changes[blocked_key(state.header.run_id)] = None
             stored.blocked = state.header.blocked
+            if state.terminal:
+                del self._known[key]
         self._touched.clear()
-        self._known = {run_id: pair for run_id, pair in known.items() if not pair[0].terminal}
-        for name, token in self._tokens.items():
-            changes[token_key(name)] = encode_token(token)
-        self._tokens.clear()
         return changes
 
     # -- by the log ------------------------------------------------------------------------------------------------
@@ -123,7 +142,8 @@ class Stretch:
             if types[-1] in _ENDS and len(values) <= LARGEST:
                 self._store_log(run_id, first, values)
                 self._changes[header_key(run_id)] = b""
-                self._note_resumes(types, values)
+                if _RECEIVED in types:
+                    self._note_resumes(types, values)
                 return
             known = self._begin(run_id, self._decoded(values[0]))
         if known is None or first != known[0].header.seq + 1:
@@ -137,19 +157,21 @@ class Stretch:
 
     def _apply(self, run_id: str, state: RunState, types: bytes, values: list[bytes], at: int, last: Event) -> None:
         """Applies what leaves a trace: what is open at the end, and all that is not about a step or wait."""
-        passed = _passed(types, values, at)
+        passed: list[bytes | None] = [None] * len(values)
+        if len(varint(last.seq - len(values) + 1)) == len(varint(last.seq)):  # else types stand at several places: rare
+            passed = _passed(types, values, at)
         for kind, value, skip in zip(types, values, passed, strict=True):
             if skip is None:
                 event = self._decoded(value)
                 state.apply(event)
-                if kind in _RECEIVED:
+                if kind == _RECEIVED:
                     self._note_resume(event)
         state.header.seq, state.header.at = last.seq, last.at
-        self._touched[run_id] = None
+        self._touched[run_id.encode()] = None
 
     def _note_resumes(self, types: bytes, values: list[bytes]) -> None:
         for kind, value in zip(types, values, strict=True):
-            if kind in _RECEIVED:
+            if kind == _RECEIVED:
                 self._note_resume(self._decoded(value))
 
     def _note_resume(self, event: Event) -> None:
@@ -178,7 +200,7 @@ class Stretch:
             elif (state := self._next(event)) is not None:
                 state.apply(event)
                 self._changes[event_key(event.run_id, event.seq)] = value
-                self._touched[event.run_id] = None
+                self._touched[event.run_id.encode()] = None
                 if isinstance(data, ev.HookReceived):
                     self._note_resume(event)
 
@@ -199,16 +221,17 @@ class Stretch:
         return known[0]
 
     def _run(self, run_id: str) -> tuple[RunState, Stored] | None:
-        known = self._known.get(run_id)
+        key = run_id.encode()
+        known = self._known.get(key)
         if known is None:
             state = self._store.state(run_id)
             if state is None:
                 return None
-            known = self._known[run_id] = (state, Stored(run_id, state))
+            known = self._known[key] = (state, Stored(run_id, state))
         return known
 
     def _begin(self, run_id: str, first: Event) -> tuple[RunState, Stored]:
-        known = self._known[run_id] = (created(first), Stored(run_id))
+        known = self._known[run_id.encode()] = (created(first), Stored(run_id))
         return known
 
     def _decoded(self, value: bytes) -> Event:
@@ -227,9 +250,14 @@ def _types(values: list[bytes], prefix: bytes, first: int, at: int) -> bytes | N
     seqs = _SEQS[first : first + len(values)]
     if len(seqs) != len(values):
         seqs = [varint(n) for n in range(first, first + len(values))]
-    if [value[:at] for value in values] != [prefix + seq for seq in seqs]:
-        return None  # or the seq has become a byte longer
-    return bytes([value[at] for value in values])
+    begins = [prefix + seq for seq in seqs]
+    if len(begins[-1]) == at:
+        if [value[:at] for value in values] != begins:
+            return None
+        return bytes([value[at] for value in values])
+    if not all(map(bytes.startswith, values, begins)):  # seqs become a byte longer at 64, 8,192 ...
+        return None
+    return bytes([value[len(begin)] for value, begin in zip(values, begins, strict=True)])
 
 
 def _passed(types: bytes, values: list[bytes], at: int) -> list[bytes | None]:
@@ -241,7 +269,7 @@ def _passed(types: bytes, values: list[bytes], at: int) -> list[bytes | None]:
     closed = {
         name
         for kind, name, value in zip(types, about, values, strict=True)
-        if kind in _CLOSING and not (kind in _COMPLETED and _wrote_streams(value, at))
+        if kind in _CLOSING and not (kind == _COMPLETED and _wrote_streams(value, at))
     }
     whole = (opened & closed) - {None}
     return [name if name in whole else None for name in about]

@@ -39,7 +39,8 @@ def read(broker: Broker, topic: str) -> list[tuple[Message, Record]]:
                 if item.offset >= ends[tp]:
                     left.discard(tp)
                 continue
-            found.append((item, codec.decode(item.value)))
+            if item.value is not None:  # else its run has been purged
+                found.append((item, codec.decode(item.value)))
             if item.offset + 1 >= ends[tp]:
                 left.discard(tp)
     reader.close()

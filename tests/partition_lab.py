@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,13 +11,13 @@ import msgspec
 from durably import create_hook, sleep, step
 from durably.authoring import Registry, WorkflowDefinition
 from durably.broker import connect
-from durably.broker.port import End, Message
+from durably.broker.port import TP, Broker, End, Message
 from durably.failures import to_error
 from durably.payloads import dump, dump_arguments, load
 from durably_processor.engine.execution import Environment
 from durably_processor.partition import Partition
 from durably_processor.restore import Restore
-from durably_processor.state.store import CHECKPOINT, Store, event_key
+from durably_processor.state.store import CHECKPOINT, SNAPSHOTS, Store, event_key
 from durably_processor.turn import Part, Turn
 from durably_schemas import Catalogue, Codec
 from durably_schemas import records as rec
@@ -69,6 +70,7 @@ class Lab:
         self.environment = Environment(self.registry, 1_000_000, {"default"}, lambda _: nullcontext())
         self.logs: dict[str, list[Message]] = {CATALOGUE.commands: [], CATALOGUE.results: [], CATALOGUE.signals: []}
         self.events: list[tuple[bytes, bytes]] = []
+        self.copies: list[tuple[bytes, bytes | None]] = []
         self.number = self.acked = 0
         self.now = T0
         self.store = Store(folder / "store")
@@ -119,18 +121,20 @@ class Lab:
         return [self.put(CATALOGUE.signals, o.value, o.key) for o in found]
 
     def turn(self, *messages: Message | End) -> Part:
-        self.number += 1
-        turn = Turn(self.number, self.acked)
+        turn = Turn(self.number + 1, self.acked)
         for message in messages:
             self.partition.handle(message, turn)
         self.partition.end_turn(turn)
+        self.number += bool(turn.parts)  # as in a processor: a turn without consequences is never committed
         part = turn.parts.get(0, Part(self.store))
         self.pending = part
         return part
 
     def commit(self, part: Part) -> Part:
         self.events += part.events
-        self.store.write({**part.changes, CHECKPOINT: len(self.events).to_bytes(8, "big")})
+        self.copies += part.copies
+        checkpoints = {CHECKPOINT: len(self.events), SNAPSHOTS: len(self.copies)}
+        self.store.write(part.changes | {key: offset.to_bytes(8, "big") for key, offset in checkpoints.items()})
         self.acked = self.number
         return part
 
@@ -138,22 +142,36 @@ class Lab:
         return self.commit(self.turn(*messages))
 
 
-@contextmanager
-def rebuilt(lab: Lab, folder: Path) -> Iterator[tuple[Store, Restore]]:
-    """A store that is made anew of the events that were committed, and what it was made by."""
-    broker = connect(f"embedded:{folder}/broker")
-    broker.create(CATALOGUE.topics())
+def publish(lab: Lab, broker: Broker, since: int = 0, below: int = 0) -> None:
+    """Writes what was committed to a broker: the events from one on, and of these none below another is kept."""
     producer = broker.producer()
-    for key, value in lab.events:
-        producer.send(CATALOGUE.events, value, key=key, partition=0)
-    assert producer.flush(10) == 0
-    store = Store(folder / "rebuilt")
-    restore = Restore(0, store, broker, CATALOGUE, CODEC)
+    for topic, records in ((CATALOGUE.snapshots, lab.copies), (CATALOGUE.events, lab.events[since:])):
+        for key, value in records:
+            producer.send(topic, value, key=key, partition=0)
+            producer.flush(10)  # a batch each: the broker drops nothing less
+    producer.close()
+    broker.truncate({TP(CATALOGUE.events, 0): below})
+
+
+def finish(restore: Restore) -> None:
+    """Restores everything."""
     while not restore.step(1):
         pass
+
+
+@contextmanager
+def rebuilt(lab: Lab, folder: Path, below: int = 0) -> Iterator[tuple[Store, Restore]]:
+    """A store that is made anew of what was committed, but for the events ``below``; and what it was made by."""
+    broker = connect(f"embedded:{folder}/broker")
+    broker.create(CATALOGUE.topics())
+    publish(lab, broker, below=below)
+    store = Store(folder / "rebuilt")
+    finish(Restore(0, store, broker, CATALOGUE, CODEC))
     yield store, Restore(0, store, broker, CATALOGUE, CODEC)
     store.close()
     broker.close()
+    shutil.rmtree(folder / "broker")
+    shutil.rmtree(folder / "rebuilt")
 
 
 def content(store: Store, kinds: bytes) -> dict[bytes, bytes]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from durably.broker.port import TP, Broker, Committed, Producer, Transactions
 from durably.errors import BrokerError
 from durably_schemas import Catalogue, Codec
 from durably_schemas.records import Reply, ReplyTo
 
-from durably_processor.state.store import CHECKPOINT
+from durably_processor.state.store import CHECKPOINT, SNAPSHOTS, Changes
 from durably_processor.turn import Dispatch, Output, Part, Turn
 
 log = logging.getLogger("durably.processor")
@@ -51,7 +51,7 @@ class _Batch:
             else:
                 mine.merge(part)
             self.urgent |= part.urgent
-            self.records += len(part.events) + len(part.outputs)
+            self.records += len(part.events) + len(part.outputs) + len(part.copies)
         if turn.dispatch.sent:
             self.dispatches.append(turn.dispatch)
         self.turn = turn.number
@@ -183,7 +183,7 @@ class Committer:
             return batch, self._group
 
     def _commit(self, batch: _Batch, group: object) -> None:
-        checkpoints: dict[int, int] = {}
+        checkpoints: dict[int, Changes] = {}
         self._transactions.begin()
         for number, part in batch.parts.items():
             self._write(number, part, checkpoints)
@@ -197,27 +197,38 @@ class Committer:
         if self._abandoned:
             return  # others have gone on meanwhile, from the topics
         for number, part in batch.parts.items():
-            self._apply(part, checkpoints.get(number))
+            self._apply(part, checkpoints.get(number, {}))
         for part in batch.parts.values():
             self._reply(part)
 
-    def _write(self, number: int, part: Part, checkpoints: dict[int, int]) -> None:
+    def _write(self, number: int, part: Part, checkpoints: dict[int, Changes]) -> None:
         send = self._transactions.send
-        topic = self._catalogue.events
-        for key, value in part.events[:-1]:
-            send(topic, value, key=key, partition=number)
-        if part.events:  # a partition's records are acknowledged in order: the last one's offset stands for all
-
-            def on_ack(error: Exception | None, offset: int) -> None:
-                if error is None and offset >= 0:  # librdkafka does not always know it after a retry
-                    checkpoints[number] = offset + 1
-
-            key, value = part.events[-1]
-            send(topic, value, key=key, partition=number, on_ack=on_ack)
+        self._append(self._catalogue.events, part.events, number, CHECKPOINT, checkpoints)
+        self._append(self._catalogue.snapshots, part.copies, number, SNAPSHOTS, checkpoints)
         for key, value in part.summaries.items():
             send(self._catalogue.runs, value, key=key)
         for output in part.outputs:
             send(output.topic, output.value, key=output.key, partition=output.partition)
+
+    def _append(
+        self,
+        topic: str,
+        records: Sequence[tuple[bytes, bytes | None]],
+        number: int,
+        checkpoint: bytes,
+        into: dict[int, Changes],
+    ) -> None:
+        send = self._transactions.send
+        for key, value in records[:-1]:
+            send(topic, value, key=key, partition=number)
+        if records:  # a partition's records are acknowledged in order: the last one's offset stands for all
+
+            def on_ack(error: Exception | None, offset: int) -> None:
+                if error is None and offset >= 0:  # librdkafka does not always know it after a retry
+                    into.setdefault(number, {})[checkpoint] = (offset + 1).to_bytes(8, "big")
+
+            key, value = records[-1]
+            send(topic, value, key=key, partition=number, on_ack=on_ack)
 
     def _await_dispatched(self, batch: _Batch) -> None:
         # Committed implies dispatched: a crash after the commit finds every request on its topic.
@@ -233,11 +244,10 @@ class Committer:
             if dispatch.error is not None:
                 raise BrokerError(f"a step-request could not be written: {dispatch.error}") from dispatch.error
 
-    def _apply(self, part: Part, checkpoint: int | None) -> None:
+    def _apply(self, part: Part, checkpoints: Changes) -> None:
         # To the store that the turn came from, not to the partition's present one: a store that was closed meanwhile
         # takes nothing more, and whoever owns the partition now reads the events from the topic.
-        if checkpoint is not None:
-            part.changes[CHECKPOINT] = checkpoint.to_bytes(8, "big")
+        part.changes |= checkpoints
         if part.changes:
             part.store.write(part.changes)
 

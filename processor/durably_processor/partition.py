@@ -40,6 +40,7 @@ from durably_processor.state.store import (
 )
 from durably_processor.tokens import Tokens
 from durably_processor.turn import Output, Part, Turn
+from durably_processor.upkeep import Retention, Upkeep
 
 log = logging.getLogger("durably.processor")
 
@@ -106,6 +107,7 @@ class Partition:
             that is not deterministic, at the cost of speed.
         max_runs, max_bytes: how many runs, and roughly how many bytes of their logs, stay in memory.
         poisoned: records and runs that could not be handled before.
+        retention: how long ended runs are kept; None: for ever.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Partition:
         max_runs: int = 20_000,
         max_bytes: int = 512 * 1024 * 1024,
         poisoned: frozenset[Poison] = frozenset(),
+        retention: Retention | None = None,
     ) -> None:
         self.number = number
         self.store = store
@@ -148,6 +151,7 @@ class Partition:
         self._admission = Admission(number, catalogue, environment.max_payload_bytes)
         self._answers = Answers(store, codec)
         self._tokens = Tokens(store.token)
+        self._upkeep = Upkeep(number, store, self._tokens, codec, retention, now, self._let_go)
         self._parked: list[Message] = []  # about runs and steps that are not known yet
         self._late: list[Message] = []  # about hooks that are not: what opens them may be a step's result
         self._complete = False  # commands and signals have passed their ends: what is unknown now stays unknown
@@ -180,6 +184,7 @@ class Partition:
         if self._caught_up:
             self._unblock(turn)
             self._fire(turn)
+            self._upkeep.turn(turn)
         part = turn.parts.get(self.number)
         if part is not None or self._committed != self._positions:
             part = turn.part(self.number, self.store)
@@ -502,7 +507,7 @@ class Partition:
         if entry is not None:
             self._runs.move_to_end(run_id)
             return entry
-        state = self.store.state(run_id)
+        state = None if self._upkeep.is_purged(run_id) else self.store.state(run_id)
         if state is None:
             return None
         entry = self._runs[run_id] = _Entry(Run(state, self._environment, self._history(run_id)), Stored(run_id, state))
@@ -776,6 +781,15 @@ class Partition:
         if entry is not None:
             self._bytes -= entry.bytes
             entry.run.evict()
+
+    def _let_go(self, run_id: str, acked: int) -> bool:
+        """Forgets a run, unless it has changes that the store does not know."""
+        entry = self._runs.get(run_id)
+        if entry is not None and entry.turn > acked:
+            return False
+        self._forget(run_id)
+        self._waiting.pop(run_id, None)
+        return True
 
     def drop(self) -> None:
         """Forgets everything that is in memory only."""

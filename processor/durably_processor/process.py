@@ -59,6 +59,7 @@ def make_processor(settings: Settings, broker: Broker, ready: Callable[[], None]
         dispatch=settings.dispatch,
         instance_id=settings.group_instance_id,
         gateway_url=settings.gateway_url,
+        retention=settings.retention,
         ready=ready,
     )
 

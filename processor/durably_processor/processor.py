@@ -29,6 +29,7 @@ from durably_processor.partition import Dispatch, Partition, Poison, Poisoned
 from durably_processor.restore import Restore
 from durably_processor.state.store import Store
 from durably_processor.turn import Turn
+from durably_processor.upkeep import Retention, Truncation
 
 log = logging.getLogger("durably.processor")
 
@@ -60,6 +61,7 @@ class Processor:
         instance_id: makes group membership static.
         always_replay: see `Partition`; for tests.
         gateway_url: where the gateway is, as new runs are told.
+        retention: milliseconds that runs are kept for after their end; None: for ever.
         max_runs: how many live runs a partition keeps in memory.
         activation_limit: seconds after which workflow code that does not yield is interrupted.
         now: the clock, in milliseconds since the epoch.
@@ -81,6 +83,7 @@ class Processor:
         instance_id: str | None = None,
         always_replay: bool = False,
         gateway_url: str | None = None,
+        retention: int | None = None,
         max_runs: int = 20_000,
         activation_limit: float = 2.0,
         now: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
@@ -95,6 +98,7 @@ class Processor:
         self._instance_id = instance_id
         self._always_replay = always_replay
         self._gateway_url = gateway_url
+        self._retention = None if retention is None else Retention(retention, Truncation(broker, catalogue))
         self._max_runs = max_runs
         self._activation_limit = activation_limit
         self._now = now
@@ -302,6 +306,7 @@ class Processor:
             always_replay=self._always_replay,
             max_runs=self._max_runs,
             poisoned=self._poisoned,
+            retention=self._retention,
         )
         del self._restoring[number]
         self._consumer.resume(self._tps([number]))
@@ -363,7 +368,7 @@ class Processor:
         return frozenset(name.removeprefix(prefix) for name in self._broker.topics() if name.startswith(prefix))
 
     def _check_topics(self) -> None:
-        names = [*self._inputs, self._catalogue.events]
+        names = [*self._inputs, self._catalogue.events, self._catalogue.snapshots]
         found = self._broker.describe(
             [
                 *names,
@@ -382,8 +387,8 @@ class Processor:
         if wrong:
             listed = ", ".join(f"{name} has {n}" for name, n in wrong.items())
             raise ConfigurationError(
-                f"{self._catalogue.partitions} partitions are configured, but {listed}: commands, results, signals and "
-                "events must be equal; set DURABLY_PARTITIONS to what they have, or create the topics anew"
+                f"{self._catalogue.partitions} partitions are configured, but {listed}: commands, results, signals, "
+                "events and snapshots must be equal; set DURABLY_PARTITIONS to what they have, or create the topics anew"
             )
 
     def _leave(self) -> None:

@@ -24,10 +24,15 @@ from durably_schemas.records import TERMINAL, Event
 from durably_processor.engine.state import RunState, created
 from durably_processor.state.store import (
     Changes,
+    Copied,
+    Holder,
     Store,
     Stored,
     Token,
     blocked_key,
+    copied_claim_key,
+    copied_key,
+    encode_copied,
     encode_token,
     event_key,
     header_key,
@@ -80,6 +85,7 @@ class Stretch:
         self._known: dict[bytes, tuple[RunState, Stored]] = {}  # the open runs of these events, and of those before
         self._touched: dict[bytes, None] = {}
         self._tokens: dict[str, Token] = {}
+        self._copied: dict[str, Copied] = {}
         self._changes: Changes = {}
 
     @property
@@ -110,6 +116,9 @@ class Stretch:
         for name, token in self._tokens.items():
             last[token_key(name)] = encode_token(token)
         self._tokens.clear()
+        for run_id, copied in self._copied.items():
+            last[copied_key(run_id)] = encode_copied(copied)
+        self._copied.clear()
         yield last
 
     def _piece(self) -> Changes:
@@ -127,10 +136,47 @@ class Stretch:
         self._touched.clear()
         return changes
 
+    def copied(self, run_id: str, from_seq: int, to_seq: int) -> None:
+        """The events appended last came from ``snapshots``."""
+        known = self._copied.get(run_id) or self._store.copied(run_id)
+        begins = known.begins if known is not None else ()
+        if from_seq not in begins:
+            self._copied[run_id] = Copied(to_seq, (*begins, from_seq))
+
+    def copied_claim(self, token: str, holder: Holder) -> None:
+        """As `copied`, of the claim of a token."""
+        self._changes[copied_claim_key(token)] = encode_copied(holder)
+
+    def taken_back(self, key: bytes) -> None:
+        """The record of ``snapshots`` with this key has been taken back. All pieces have been written."""
+        log_id, _, from_seq = key.decode().rpartition("|")
+        if "|" in log_id:
+            token, run_id, hook_id = log_id.removeprefix("token|").rsplit("|", 2)
+            holder = Holder(run_id, hook_id)
+            if self._store.copied_claim(token) == holder:
+                self._changes[copied_claim_key(token)] = None
+            if self._store.token(token).holder == holder:
+                self._changes[token_key(token)] = None  # whether it was released since, its log will say
+        elif (copied := self._store.copied(log_id)) is not None and int(from_seq) in copied.begins:
+            self.forget(log_id)
+
+    def forget(self, run_id: str) -> None:
+        """Removes a run."""
+        run = header_key(run_id)[1:]
+        for key in [key for key in self._changes if key[:1] in b"eorbmaz" and key[1 : 1 + len(run)] == run]:
+            del self._changes[key]
+        self._changes.update(dict.fromkeys(self._store.keys_of(run_id)))
+        self._copied.pop(run_id, None)
+        self._known.pop(run_id.encode(), None)
+        self._touched.pop(run_id.encode(), None)
+
     # -- by the log ------------------------------------------------------------------------------------------------
 
     def _take(self, key: bytes, values: list[bytes]) -> None:
         prefix = _PREFIX + varint(len(key)) + key
+        if not values[0].startswith(prefix):
+            self._one_by_one(values)  # of a token, or written by another version
+            return
         first, at = read_long(values[0], len(prefix))
         types = _types(values, prefix, first, at)
         if types is None:
@@ -196,7 +242,7 @@ class Stretch:
             data = event.data
             if isinstance(data, ev.TokenClaimed | ev.TokenReleased):
                 token = self._tokens.get(data.token) or self._store.token(data.token)
-                self._tokens[data.token] = applied(token, data)
+                self._tokens[data.token] = applied(token, data, event.at)
             elif (state := self._next(event)) is not None:
                 state.apply(event)
                 self._changes[event_key(event.run_id, event.seq)] = value
@@ -214,6 +260,11 @@ class Stretch:
                 return None  # what is left of a run that was purged
             raise LookupError(f"the log of run {event.run_id} begins with seq {event.seq}: {event.type}")
         header = known[0].header
+        if event.at < header.created_at:
+            return None  # of an earlier run with this id, which was purged
+        if event.seq == 1 and event.at > header.created_at and known[0].terminal:
+            self.forget(event.run_id)  # it was purged, and its id used again
+            return self._begin(event.run_id, event)[0]
         if event.seq <= header.seq:
             return None  # applied before, but the process ended before its checkpoint was written
         if event.seq != header.seq + 1:

@@ -24,13 +24,18 @@ REMEMBERED = 100
 """Resumes of earlier holders that a token remembers."""
 
 
-def applied(token: Token, data: ev.TokenClaimed | ev.TokenReleased) -> Token:
+def applied(token: Token, data: ev.TokenClaimed | ev.TokenReleased, at: int) -> Token:
     """The token after an event of its log; live and in recovery alike."""
     holder = Holder(data.run_id, data.hook_id)
     if isinstance(data, ev.TokenClaimed):
-        return Token(holder, None, token.resumes)
+        return Token(holder, None, token.resumes, at)
     resumes = {**token.resumes, **dict.fromkeys(data.resume_ids, holder)}
-    return Token(None, holder, dict(list(resumes.items())[-REMEMBERED:]))
+    return Token(None, holder, dict(list(resumes.items())[-REMEMBERED:]), at)
+
+
+def holding(token: str, holder: Holder) -> str:
+    """What stands for a run's id in the log of a token's holding."""
+    return f"token|{token}|{holder.run_id}|{holder.hook_id}"
 
 
 class Tokens:
@@ -49,6 +54,10 @@ class Tokens:
         """The token as it is now."""
         recent = self._recent.get(token)
         return self._stored(token) if recent is None else recent[1]
+
+    def is_settled(self, token: str) -> bool:
+        """What is known of it is committed and applied."""
+        return token not in self._recent
 
     def addressee(self, token: str, resume_id: str, *, caught_up: bool) -> Holder | None:
         """Whose a resume is: the hook's that has received it before, else the holder's, else perhaps the last one's.
@@ -89,7 +98,7 @@ class Tokens:
             self._recent.popitem(last=False)
 
     def _record(self, data: ev.TokenClaimed | ev.TokenReleased, seq: int, at: int, turn: int) -> Event:
-        self._recent[data.token] = (turn, applied(self.get(data.token), data))
+        self._recent[data.token] = (turn, applied(self.get(data.token), data, at))
         self._recent.move_to_end(data.token)
         # A log for each holding: it begins with the claim and ends with the release, so seq is dense without being kept.
-        return ev.event(f"token|{data.token}|{data.run_id}|{data.hook_id}", seq, at, data, data.hook_id)
+        return ev.event(holding(data.token, Holder(data.run_id, data.hook_id)), seq, at, data, data.hook_id)

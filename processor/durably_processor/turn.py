@@ -52,6 +52,7 @@ class Part:
     __slots__ = (
         "answers",
         "changes",
+        "copies",
         "created",
         "deleted",
         "early",
@@ -68,7 +69,8 @@ class Part:
         self.events: list[tuple[bytes, bytes]] = []  # (key, value)
         self.outputs: list[Output] = []
         self.early: list[Output] = []
-        self.summaries: dict[bytes, bytes] = {}  # the latest of each run
+        self.copies: list[tuple[bytes, bytes | None]] = []  # (key, value) for snapshots
+        self.summaries: dict[bytes, bytes | None] = {}  # the latest of each run; None: it is purged
         self.changes: Changes = {}
         self.created: set[bytes] = set()  # keys of changes that RocksDB has never seen
         self.deleted: list[bytes] = []  # keys of changes that are deletions
@@ -93,6 +95,7 @@ class Part:
     def merge(self, later: Part) -> None:
         """Adds what came after."""
         self.events += later.events
+        self.copies += later.copies
         self.outputs += later.outputs
         self.summaries.update(later.summaries)
         self.change(later.changes, later.created, later.deleted)

@@ -64,6 +64,11 @@ class Catalogue(msgspec.Struct, frozen=True):
         return f"{self.namespace}.events"
 
     @property
+    def snapshots(self) -> str:
+        """Compacted topic of Snapshot: events that ``events`` itself need not keep any longer."""
+        return f"{self.namespace}.snapshots"
+
+    @property
     def runs(self) -> str:
         """Compacted topic of RunSummary."""
         return f"{self.namespace}.runs"
@@ -123,6 +128,10 @@ class Catalogue(msgspec.Struct, frozen=True):
             topic(
                 self.events, "run ID or token", processors,
                 {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}, "Event",
+            ),
+            topic(
+                self.snapshots, "run ID and seq: explicit partition", processors,
+                {"cleanup.policy": "compact"}, "Snapshot",
             ),
             topic(self.runs, "run ID", processors, {"cleanup.policy": "compact"}, "RunSummary"),
             *(topic(self.requests(q), "step ID", "processors", _delete(7 * DAY_MS), "StepRequest") for q in queues),

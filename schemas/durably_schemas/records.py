@@ -325,3 +325,12 @@ class Event(Record, frozen=True, kw_only=True):
     at: int
     data: EventData
     correlation_id: str | None = None
+
+
+class Snapshot(Record, frozen=True, kw_only=True):
+    """A copy of a run's events ``from_seq`` to ``to_seq``, encoded as they are: ``events`` need not keep them any longer."""
+
+    run_id: str
+    from_seq: int
+    to_seq: int
+    events: tuple[bytes, ...]

@@ -10,6 +10,7 @@ import msgspec
 from durably_schemas import Catalogue
 from durably_schemas.catalogue import PARTITIONS
 
+from durably.durations import milliseconds
 from durably.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ URL_FORMS = "kafka://host:port[,host:port…] or embedded:PATH"
 EMBEDDED = "embedded:"
 EMBEDDED_PARTITIONS = 4
 KAFKA_PREFIX = "DURABLY_KAFKA_"
+SHORTEST_RETENTION_MS = 1_000
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +37,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         data_dir: where a processor keeps its RocksDB; ``.durably``, or a folder on the embedded broker's path.
         group_instance_id: makes a processor a static member of its group (KIP-345).
         gateway_url: where people reach the gateway, ``https://hooks.example.com``: the base of webhooks' URLs.
+        retention: milliseconds that processors keep runs for after their end; None: for ever.
     """
 
     url: str
@@ -45,6 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     data_dir: Path = Path(".durably")
     group_instance_id: str | None = None
     gateway_url: str | None = None
+    retention: int | None = None
 
     @property
     def catalogue(self) -> Catalogue:
@@ -64,6 +68,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         data_dir: str | Path | None = None,
         group_instance_id: str | None = None,
         gateway_url: str | None = None,
+        retention: str | None = None,
     ) -> Settings:
         """Settings from arguments, and where one is None, from ``DURABLY_*`` in the environment.
 
@@ -84,6 +89,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             data_dir=Path(source.text("data_dir", data_dir) or _home(where)),
             group_instance_id=source.text("group_instance_id", group_instance_id),
             gateway_url=source.gateway_url(gateway_url),
+            retention=source.retention(retention),
         )
 
 
@@ -121,6 +127,18 @@ class _Source:
         if value is not None and not value.startswith(("http://", "https://")):
             raise self._bad("gateway_url", given, value, "use the base of a URL, such as https://hooks.example.com")
         return value
+
+    def retention(self, given: str | None) -> int | None:
+        value = self.text("retention", given)
+        if value is None:
+            return None
+        try:
+            length = milliseconds(value)
+        except ValueError:
+            length = 0
+        if length < SHORTEST_RETENTION_MS:
+            raise self._bad("retention", given, value, 'use a duration of a second or more, such as "30d"')
+        return length
 
     def dispatch(self, given: Dispatch | None) -> Dispatch:
         value = self.text("dispatch", given) or "early"

@@ -258,6 +258,26 @@ def test_offsets_are_found_by_end_start_and_time(broker: Broker, topic: str) -> 
     assert broker.offsets_at([tp, empty], instant + 3_600_000) == {tp: 3, empty: 0}
 
 
+def test_a_truncated_partition_begins_later_and_goes_on(broker: Broker, topic: str) -> None:
+    tp, other = TP(topic, 0), TP(topic, 1)
+    produce(broker, topic, *(b"%d" % n for n in range(200)))
+    broker.truncate({tp: 150})
+    start = broker.start_offsets([tp, other])[tp]
+    assert 0 < start <= 150, "a few may stay"
+    assert broker.end_offsets([tp]) == {tp: 200}
+    assert broker.start_offsets([other]) == {other: 0}
+    broker.truncate({tp: 20})
+    assert broker.start_offsets([tp]) == {tp: start}, "what is gone is gone"
+    produce(broker, topic, b"more")
+    with closing(broker.reader({tp: 0})) as reader:
+        found: list[Message] = []
+        while not found or found[-1].offset < 200:
+            found += [m for m in reader.poll(WAIT) if isinstance(m, Message)]
+    assert [m.offset for m in found] == list(range(start, 201))
+    broker.truncate({tp: 201})
+    assert broker.end_offsets([tp]) == {tp: 201}
+
+
 def test_a_producer_is_shared_by_threads(broker: Broker, topic: str) -> None:
     acked: list[int] = []
     with closing(broker.producer()) as producer:

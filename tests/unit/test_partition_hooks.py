@@ -305,5 +305,5 @@ def test_a_token_has_one_holder_at_a_time_and_a_release_applies_to_that_holder_a
 def test_a_token_remembers_a_bounded_number_of_resumes():
     token = Token()
     for n in range(3 * REMEMBERED):
-        token = applied(token, ev.TokenReleased(token="t", run_id="r", hook_id="h", resume_ids=(f"x{n}",)))
+        token = applied(token, ev.TokenReleased(token="t", run_id="r", hook_id="h", resume_ids=(f"x{n}",)), n)
     assert list(token.resumes) == [f"x{n}" for n in range(2 * REMEMBERED, 3 * REMEMBERED)]

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import logging
 import random
+from pathlib import Path
 
 import msgspec
 import pytest
 from durably.broker import connect
-from durably.broker.port import TP
+from durably.broker.port import Broker
 from durably.payloads import dump
 from durably_processor import rebuild, restore
 from durably_processor.restore import Restore
 from durably_processor.state.store import CHECKPOINT, Store, event_key
 from durably_schemas import events as ev
 from durably_schemas import records as rec
-from partition_lab import CATALOGUE, CODEC, Lab, content, rebuilt, requests
+from partition_lab import CATALOGUE, CODEC, T0, Lab, content, finish, publish, rebuilt, requests
 
 pytestmark = pytest.mark.usefixtures("guarded")
 
 DERIVED = b"erotbckm"
+
+
+def on_topic(lab: Lab, folder: Path) -> Broker:
+    """A broker that has the lab's events."""
+    broker = connect(f"embedded:{folder}/broker")
+    broker.create(CATALOGUE.topics())
+    publish(lab, broker)
+    return broker
 
 
 def wander(lab: Lab, seed: int, inputs: int) -> None:
@@ -135,7 +144,7 @@ def test_a_warm_start_reads_the_tail_alone(lab, tmp_path):
     finish(Restore(0, store, broker, CATALOGUE, CODEC))
     store.close()
     lab.settle(lab.start("chain", 1, "later"))
-    publish(broker, lab.events[before:])
+    publish(lab, broker, since=before)
     store = Store(tmp_path / "warm")
     warm = Restore(0, store, broker, CATALOGUE, CODEC)
     finish(warm)
@@ -148,7 +157,8 @@ def test_a_warm_start_reads_the_tail_alone(lab, tmp_path):
 def test_an_event_that_is_missing_is_told_and_not_passed_over(lab, tmp_path):
     lab.settle(lab.start("chain", 2, "r1"))
     broker = on_topic(lab, tmp_path)
-    publish(broker, [(b"r1", CODEC.encode(ev.event("r1", 9, 1, ev.StepCancelled(), "step_1")))])
+    lab.events.append((b"r1", CODEC.encode(ev.event("r1", 9, T0, ev.StepCancelled(), "step_1"))))
+    publish(lab, broker, since=len(lab.events) - 1)
     store = Store(tmp_path / "gap")
     recovery = Restore(0, store, broker, CATALOGUE, CODEC)
     with pytest.raises(LookupError, match="run r1: seq 3 is followed by 9"):
@@ -218,24 +228,3 @@ def test_a_page_of_a_log_begins_anywhere_in_a_group(tmp_path):
         assert list(store.events("r", first)) == values[first - 1 :]
     assert store.event("r", 11) is None
     store.close()
-
-
-def on_topic(lab: Lab, folder):
-    broker = connect(f"embedded:{folder}/broker")
-    broker.create(CATALOGUE.topics())
-    publish(broker, lab.events)
-    return broker
-
-
-def publish(broker, events) -> None:
-    producer = broker.producer()
-    for key, value in events:
-        producer.send(CATALOGUE.events, value, key=key, partition=0)
-    assert producer.flush(10) == 0
-    producer.close()
-    assert broker.end_offsets([TP(CATALOGUE.events, 0)])
-
-
-def finish(recovery: Restore) -> None:
-    while not recovery.step(1):
-        pass

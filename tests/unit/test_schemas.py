@@ -233,7 +233,7 @@ def test_murmur2_is_javas():
 def test_the_catalogue_names_every_topic_and_refuses_bad_names():
     catalogue = Catalogue("shop", 6)
     topics = {t.name: t for t in catalogue.topics(("default", "gpu"))}
-    assert len(topics) == 10
+    assert len(topics) == 11
     assert topics["shop.requests.gpu"].key == "step ID"
     assert topics["shop.runs"].config["cleanup.policy"] == "compact"
     assert topics["shop.events"].config["retention.ms"] == "-1"

@@ -7,9 +7,12 @@
     b | run               the run is blocked
     m | run | hook | resume id   the hook has received the resume
     k | token             who holds the custom token, and which resumes came before
+    z | run               which of the run's events are copied to ``snapshots``
+    y | token             the holder whose claim is copied to ``snapshots``
     a | run               activations that were begun and have not ended (see `Store.begin_activation`)
     c                     the checkpoint: the next offset of ``events``
-    i                     the identity of that topic
+    d                     the next offset of ``snapshots``
+    i                     the identity of ``events``
 
 RocksDB is a cache of the topic. It is written only after Kafka's transaction has been committed, in one batch with
 the checkpoint; whatever is lost of it is read again from the topic.
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +39,7 @@ Changes = dict[bytes, bytes | None]
 """Keys to put, or with None to delete."""
 
 CHECKPOINT = b"c"
+SNAPSHOTS = b"d"
 _TOPIC = b"i"
 _encode = msgspec.msgpack.Encoder().encode
 _header = msgspec.msgpack.Decoder(Header).decode
@@ -51,14 +56,36 @@ class Holder(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Token(msgspec.Struct, frozen=True):
-    """A custom token: who holds it, or held it last, and which resumes earlier holders have received, oldest first."""
+    """A custom token: who holds it, or held it last, and which resumes earlier holders have received, oldest first.
+
+    ``at``: when it was claimed or released.
+    """
 
     holder: Holder | None = None
     last: Holder | None = None
     resumes: dict[str, Holder] = {}
+    at: int = 0
+
+
+class Copied(msgspec.Struct, frozen=True, array_like=True):
+    """A run's events up to ``to_seq`` are on ``snapshots`` too, in records that begin with these seqs."""
+
+    to_seq: int
+    begins: tuple[int, ...]
+
+
+class Lived(NamedTuple):
+    """When a run began, and ended if it has, in milliseconds since the epoch; and its latest seq."""
+
+    run_id: str
+    created_at: int
+    ended_at: int | None
+    seq: int
 
 
 _token = msgspec.msgpack.Decoder(Token).decode
+_copied = msgspec.msgpack.Decoder(Copied).decode
+_holder = msgspec.msgpack.Decoder(Holder).decode
 
 
 class Timer(NamedTuple):
@@ -109,6 +136,21 @@ def resume_key(run_id: str, hook_id: str, resume_id: str) -> bytes:
 def token_key(token: str) -> bytes:
     """Of one custom token."""
     return b"k" + token.encode()
+
+
+def copied_key(run_id: str) -> bytes:
+    """Of what is copied of a run."""
+    return b"z" + _prefixed(run_id)
+
+
+def copied_claim_key(token: str) -> bytes:
+    """Of the holder of a custom token whose claim is copied."""
+    return b"y" + token.encode()
+
+
+def encode_copied(copied: Copied | Holder) -> bytes:
+    """As it is stored."""
+    return _encode(copied)
 
 
 def encode_token(token: Token) -> bytes:
@@ -254,7 +296,15 @@ class Store:
     @property
     def checkpoint(self) -> int:
         """The next offset of ``events`` to read."""
-        value = self._db.get(CHECKPOINT)
+        return self._offset(CHECKPOINT)
+
+    @property
+    def snapshots(self) -> int:
+        """The next offset of ``snapshots`` to read."""
+        return self._offset(SNAPSHOTS)
+
+    def _offset(self, key: bytes) -> int:
+        value = self._db.get(key)
         return int.from_bytes(value, "big") if value else 0
 
     def state(self, run_id: str) -> RunState | None:
@@ -290,6 +340,50 @@ class Store:
             else:  # a key names the last of its events: the first group may begin before from_seq
                 values = _several(value)
                 yield from values[max(0, len(values) - 1 - int.from_bytes(key[-8:], "big") + from_seq) :]
+
+    def copied(self, run_id: str) -> Copied | None:
+        """What of a run is on ``snapshots``; None: nothing."""
+        value = self._db.get(copied_key(run_id))
+        return None if value is None else _copied(value)
+
+    def copied_claim(self, token: str) -> Holder | None:
+        """The holder of a custom token whose claim is on ``snapshots``."""
+        value = self._db.get(copied_claim_key(token))
+        return None if value is None else _holder(value)
+
+    def lives(self, after: str | None, limit: int) -> list[Lived]:
+        """The next runs behind one, in an order of their own; fewer than ``limit``: there are no more."""
+        start = b"r" if after is None else header_key(after) + b"\0"
+        return [self._lived(key, value) for key, value in islice(self._scan(b"r", start), limit)]
+
+    def _lived(self, key: bytes, value: bytes) -> Lived:
+        if value:
+            header = _header(value)
+            return Lived(header.run_id, header.created_at, header.completed_at, header.seq)
+        # It has ended, or its header would not be left to be derived: its last event says when.
+        iterator = self._db.iter()
+        iterator.seek_for_prev(b"e" + key[1:] + b"\xff" * 8)
+        found = iterator.value()
+        assert isinstance(found, bytes)  # raw mode
+        last = _codec.decode_as(Event, found if found[:2] == MARKER else _several(found)[-1])
+        return Lived(last.run_id, last.at, last.at, last.seq)
+
+    def tokens(self, after: str | None, limit: int) -> list[tuple[str, Token]]:
+        """The next custom tokens behind one; fewer than ``limit``: there are no more."""
+        start = b"k" if after is None else token_key(after) + b"\0"
+        return [(key[1:].decode(), _token(value)) for key, value in islice(self._scan(b"k", start), limit)]
+
+    def keys_of(self, run_id: str) -> list[bytes]:
+        """All keys of a run."""
+        run = _prefixed(run_id)
+        keys = [kind + run for kind in (b"r", b"b", b"a", b"z")]
+        keys += [key for kind in (b"e", b"m") for key, _ in self._scan(kind + run)]
+        for key, data in self._scan(b"o" + run):
+            keys.append(key)
+            due = _item.decode(data).due
+            if due is not None:
+                keys.append(timer_key(due, run, key[1 + len(run) :].decode()))
+        return keys
 
     def timers(self, since: int, until: int) -> list[Timer]:
         """All timers that are due from ``since`` on and before ``until``, in order."""

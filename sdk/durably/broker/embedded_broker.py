@@ -457,6 +457,13 @@ class EmbeddedBroker:
         """As `Broker.create`."""
         self._log.create(topics)
 
+    def truncate(self, offsets: Mapping[TP, int], timeout: float = 30) -> None:  # noqa: ARG002
+        """As `Broker.truncate`."""
+        with self._log.lock:
+            self._log.write()
+            for tp, offset in offsets.items():
+                self._log.truncate(self._log.partition(tp), offset)
+
     def close(self) -> None:
         """As `Broker.close`; the path stays open while something made from a broker of it is."""
         self._release()

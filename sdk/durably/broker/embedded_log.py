@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 import threading
 import uuid
+from bisect import bisect_left
 from time import time_ns
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -224,10 +225,21 @@ class Log:
             yield _batch.decode(value)
 
     def _expire(self, partition: Partition, before: int) -> None:
-        """Drops the batches that are older, save the last one, which remembers the end."""
+        """Drops the batches that are older."""
+        self._drop(partition, lambda last: last.timestamp < before)
+
+    def truncate(self, partition: Partition, offset: int) -> None:
+        """Drops the batches that end below an offset. The caller holds the lock."""
+        self._drop(partition, lambda last: last.offset < offset)
+        gone = bisect_left(partition.tail, partition.start, key=lambda message: message.offset)
+        del partition.tail[:gone]
+        partition.tail_start += gone
+
+    def _drop(self, partition: Partition, old: Callable[[Message], bool]) -> None:
+        """Drops the first batches whose last record is ``old``, save the last one of all, which remembers the end."""
         for batch in self._batches(partition):
             last = batch[-1]
-            if last.timestamp >= before or last.offset + 1 == partition.end:
+            if not old(last) or last.offset + 1 == partition.end:
                 partition.start = batch[0].offset
                 return
             self._db.delete(partition.prefix + _offset.pack(last.offset))

@@ -255,6 +255,10 @@ class RemoteBroker:
         """As `Broker.create`."""
         self._ask("create", list(topics))
 
+    def truncate(self, offsets: Mapping[TP, int], timeout: float = 30) -> None:  # noqa: ARG002
+        """Raises `ConfigurationError`."""
+        self._refuse("a processor")
+
     def close(self) -> None:
         """As `Broker.close`."""
         self._line.channel.close()

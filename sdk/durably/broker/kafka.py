@@ -700,6 +700,11 @@ class KafkaBroker:
                 raise problem
             time.sleep(0.01)
 
+    def truncate(self, offsets: Mapping[TP, int], timeout: float = 30) -> None:
+        """See `Broker.truncate`. Files go when the broker next looks for what to delete."""
+        for tp, future in self._admin.delete_records(_positions(offsets), request_timeout=timeout).items():
+            self._done(future, f"truncating {tp.topic}")
+
     def close(self) -> None:
         """See `Broker.close`."""
         self._counts.clear()

@@ -239,5 +239,8 @@ class Broker(Protocol):
     def create(self, topics: Iterable[Topic], timeout: float = 30) -> None:
         """Creates topics; those that exist stay as they are."""
 
+    def truncate(self, offsets: Mapping[TP, int], timeout: float = 30) -> None:
+        """Drops the records of each below an offset, for good. A few of them may stay; none from there on is touched."""
+
     def close(self) -> None:
         """Closes the connection, not what was made from it."""

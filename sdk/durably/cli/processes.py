@@ -28,6 +28,14 @@ Queues = Annotated[
         default_factory=lambda: ["default"],
     ),
 ]
+Retention = Annotated[
+    str | None,
+    typer.Option(
+        envvar="DURABLY_RETENTION",
+        help='How long runs are kept after their end, such as "30d".',
+        show_default="for ever",
+    ),
+]
 Concurrency = Annotated[int, typer.Option(min=1, help="How many steps run at once.")]
 
 
@@ -44,6 +52,7 @@ def dev(
         int | None,
         typer.Option(min=0, max=65_535, help="The gateway's, on 127.0.0.1; 0: no gateway.", show_default=str(PORT)),
     ] = None,
+    retention: Retention = None,
 ) -> None:
     """Runs a processor, a worker and the gateway on an embedded broker, in one process."""
     from msgspec.structs import replace
@@ -57,7 +66,7 @@ def dev(
             f"durably dev has a broker of its own, and the URL is {url}: give --path, or use `durably processor` and "
             f"`durably worker` there"
         )
-    settings = shell.settings(url=url)
+    settings = shell.settings(url=url, retention=retention)
     gateway = beside(shell, settings, port)
     if gateway is not None and settings.gateway_url is None:
         settings = replace(settings, gateway_url=gateway.url)
@@ -75,9 +84,9 @@ def dev(
             gateway.stop()
 
 
-def processor(shell: Shell, modules: Modules) -> None:
+def processor(shell: Shell, modules: Modules, *, retention: Retention = None) -> None:
     """Runs workflows."""
-    settings = shell.settings()
+    settings = shell.settings(retention=retention)
 
     def ready() -> None:
         shell.say(f"processor ready: {settings.url}, namespace {settings.namespace}")

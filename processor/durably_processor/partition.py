@@ -486,11 +486,14 @@ class Partition:
             self._answer(turn, record.reply_to, lambda r: Reply(request_id=r, run_id=holder.run_id))
 
     def _wait(self, run_id: str, reply_to: ReplyTo, at: int) -> None:
-        waiting = self._waiting.setdefault(run_id, {})
+        waiting = self._waiting.pop(run_id, {})
         waiting.pop(reply_to.request_id, None)
         waiting[reply_to.request_id] = (at, reply_to)
+        self._waiting[run_id] = waiting  # in the order in which they were last waited for
         while next(iter(waiting.values()))[0] < at - WAITER_MS:
             del waiting[next(iter(waiting))]
+        while next(reversed(next(iter(self._waiting.values())).values()))[0] < at - WAITER_MS:
+            del self._waiting[next(iter(self._waiting))]  # nobody waits for it any more
 
     def _answer(self, turn: Turn, reply_to: ReplyTo, make: Callable[[str], Reply | None]) -> None:
         part = turn.part(self.number, self.store)
@@ -649,9 +652,9 @@ class Partition:
     def _fire(self, turn: Turn) -> None:
         now = self._now()
         if now + WINDOW_MS // 2 >= self._horizon:
-            self._timers += self.store.timers(self._horizon, now + WINDOW_MS)
+            # Some of these are there since they were made. What is sorted is a heap.
+            self._timers = sorted({*self._timers, *self.store.timers(self._horizon, now + WINDOW_MS)})
             self._horizon = now + WINDOW_MS
-            heapq.heapify(self._timers)
         for _ in range(TIMERS_A_TURN):
             if not self._timers or self._timers[0].due > now:
                 return

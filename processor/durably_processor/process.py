@@ -60,6 +60,7 @@ def make_processor(settings: Settings, broker: Broker, ready: Callable[[], None]
         instance_id=settings.group_instance_id,
         gateway_url=settings.gateway_url,
         retention=settings.retention,
+        standby=settings.standby,
         ready=ready,
     )
 

@@ -27,6 +27,7 @@ from durably_processor.engine.execution import Environment
 from durably_processor.engine.watchdog import Watchdog
 from durably_processor.partition import Dispatch, Partition, Poison, Poisoned
 from durably_processor.restore import Restore
+from durably_processor.standby import Standby
 from durably_processor.state.store import Store
 from durably_processor.turn import Turn
 from durably_processor.upkeep import Retention, Truncation
@@ -62,6 +63,7 @@ class Processor:
         always_replay: see `Partition`; for tests.
         gateway_url: where the gateway is, as new runs are told.
         retention: milliseconds that runs are kept for after their end; None: for ever.
+        standby: whether copies are kept of the stores of partitions that others own.
         max_runs: how many live runs a partition keeps in memory.
         activation_limit: seconds after which workflow code that does not yield is interrupted.
         now: the clock, in milliseconds since the epoch.
@@ -84,6 +86,7 @@ class Processor:
         always_replay: bool = False,
         gateway_url: str | None = None,
         retention: int | None = None,
+        standby: bool = False,
         max_runs: int = 20_000,
         activation_limit: float = 2.0,
         now: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
@@ -109,6 +112,7 @@ class Processor:
         self._stores: dict[int, Store] = {}
         self._restoring: dict[int, Restore | None] = {}  # None: not begun
         self._starts: dict[int, tuple[dict[str, int], dict[str, int]]] = {}
+        self._standby = Standby(broker, catalogue, self._codec, data_dir) if standby else None
         self._poisoned: frozenset[Poison] = frozenset()
         self._number = 0
         self._failed_at = -FAILING
@@ -140,6 +144,8 @@ class Processor:
                 instance_id=self._instance_id,
             )
             self._pulse.start()
+            if self._standby is not None:
+                self._standby.start()
             try:
                 while not self._stop.is_set():
                     self._pass()
@@ -319,6 +325,8 @@ class Processor:
 
     def on_assigned(self, partitions: Sequence[int]) -> None:
         """Ours from now on."""
+        if self._standby is not None:
+            self._standby.let_go(partitions)
         self._restoring.update(dict.fromkeys(partitions))
 
     def on_revoked(self, partitions: Sequence[int]) -> None:
@@ -347,6 +355,8 @@ class Processor:
     def _let_go(self, partitions: Sequence[int]) -> None:
         for number in partitions:
             self._close(number)
+            if self._standby is not None:
+                self._standby.keep(number)
             log.info("partition %s is released", number)
         self._pulse.reset()
 
@@ -393,6 +403,8 @@ class Processor:
 
     def _leave(self) -> None:
         self._pulse.stop()
+        if self._standby is not None:
+            self._standby.stop()
         try:
             self._consumer.close()  # revokes, and so commits, what is assigned
         except BrokerError as e:

@@ -63,12 +63,26 @@ class Restore:
 
     The high watermark, not the last stable offset: that may lie below events that are already committed.
 
+    Args:
+        number: of the partition.
+        store: open, and not written by anybody else.
+        broker, catalogue, codec: of the topics.
+        what: how the log calls it.
+
     Attributes:
         count: how many records were read.
     """
 
-    def __init__(self, number: int, store: Store, broker: Broker, catalogue: Catalogue, codec: Codec) -> None:
-        self.number = number
+    def __init__(
+        self,
+        number: int,
+        store: Store,
+        broker: Broker,
+        catalogue: Catalogue,
+        codec: Codec,
+        what: str = "partition",
+    ) -> None:
+        self._what = f"{what} {number}"
         self.count = 0
         self._store = store
         self._codec = codec
@@ -96,7 +110,7 @@ class Restore:
             why = f"of offset {checkpoint:,}, and events begin at {start:,} by now"
         else:
             return
-        log.warning("partition %s: the store is %s: it is rebuilt", self.number, why)
+        log.warning("%s: the store is %s: it is rebuilt", self._what, why)
         self._store.clear()
         self._store.belongs_to(identity)
 
@@ -132,7 +146,7 @@ class Restore:
             self._store.flush()
         if self._all:
             took = time.monotonic() - self._begun
-            log.info("partition %s: %s events restored in %.2f s", self.number, f"{self.count:,}", took)
+            log.info("%s: %s events restored in %.2f s", self._what, f"{self.count:,}", took)
 
     def _take_events(self, topic: _Topic, messages: list[Message | End]) -> None:
         logs = self._stretch.logs
@@ -201,8 +215,8 @@ class Restore:
         done = self._all - left
         rate = done / (now - self._begun)
         log.info(
-            "partition %s: restoring %s of %s events, %.0f %%, %s/s, %.0f s left",
-            self.number,
+            "%s: restoring %s of %s events, %.0f %%, %s/s, %.0f s left",
+            self._what,
             f"{done:,}",
             f"{self._all:,}",
             100 * done / self._all,

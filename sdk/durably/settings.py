@@ -38,6 +38,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         group_instance_id: makes a processor a static member of its group (KIP-345).
         gateway_url: where people reach the gateway, ``https://hooks.example.com``: the base of webhooks' URLs.
         retention: milliseconds that processors keep runs for after their end; None: for ever.
+        standby: whether a processor keeps copies of the stores of partitions that others own.
     """
 
     url: str
@@ -49,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     group_instance_id: str | None = None
     gateway_url: str | None = None
     retention: int | None = None
+    standby: bool = False
 
     @property
     def catalogue(self) -> Catalogue:
@@ -69,6 +71,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         group_instance_id: str | None = None,
         gateway_url: str | None = None,
         retention: str | None = None,
+        standby: bool | None = None,
     ) -> Settings:
         """Settings from arguments, and where one is None, from ``DURABLY_*`` in the environment.
 
@@ -90,6 +93,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             group_instance_id=source.text("group_instance_id", group_instance_id),
             gateway_url=source.gateway_url(gateway_url),
             retention=source.retention(retention),
+            standby=source.standby(standby),
         )
 
 
@@ -139,6 +143,12 @@ class _Source:
         if length < SHORTEST_RETENTION_MS:
             raise self._bad("retention", given, value, 'use a duration of a second or more, such as "30d"')
         return length
+
+    def standby(self, given: bool | None) -> bool:
+        value = self.text("standby", None if given is None else str(int(given)))
+        if value not in {None, "0", "1"}:
+            raise self._bad("standby", given, value, "use 1 or 0")
+        return value == "1"
 
     def dispatch(self, given: Dispatch | None) -> Dispatch:
         value = self.text("dispatch", given) or "early"

@@ -8,6 +8,8 @@ from durably import create_hook, step, workflow
 from durably.broker.port import TP
 from durably.client import Run
 from durably.errors import RunNotFoundError
+from durably_processor import processor, standby
+from durably_processor.restore import Restore
 from durably_schemas.catalogue import partition_for
 
 KEPT = 3_000
@@ -53,6 +55,46 @@ def test_a_run_outlives_the_events_that_it_began_with(lone_system):
     system.client.resume_hook("recovery-token", "go on")
     assert long.result(30) == [1, "go on", 2]
     assert [e.seq for e in long.events()] == list(range(1, 1 + len(long.events())))
+
+
+@pytest.mark.timeout(180)
+def test_a_successor_with_a_copy_reads_the_tail_alone(lone_system, monkeypatch):
+    system = lone_system
+    begun: list[Restore] = []
+
+    class Noted(Restore):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            begun.append(self)
+
+    monkeypatch.setattr(processor, "Restore", Noted)
+    monkeypatch.setattr(standby, "PAUSE", 0.2)
+    first = system.start_processor("first")
+    system.start_worker()
+    for results in range(2):
+        runs = [system.client.start(recovery_short, n) for n in range(40)]
+        assert [run.result(60) for run in runs] == list(range(40)), results
+    second = system.start_processor("second", standby=True)._processor
+    harness.until(lambda: not second._restoring and second._partitions)
+    mine = set(second._partitions)
+    ends = system.broker.end_offsets([TP(system.catalogue.events, n) for n in range(harness.PARTITIONS)])
+
+    def copied() -> bool:
+        stores = dict(second._standby._stores)
+        return all(tp.partition in mine or stores[tp.partition].checkpoint >= end for tp, end in ends.items())
+
+    harness.until(lambda: len(second._standby._stores) == harness.PARTITIONS - len(mine), 60)
+    harness.until(copied, 60)
+    tail = [system.client.start(recovery_short, n).result(60) for n in range(2)]
+    begun.clear()
+    system.processors.remove(first)
+    first.crash(committed=False)
+    harness.until(lambda: len(second._partitions) == harness.PARTITIONS and not second._restoring, 60)
+    assert len(begun) == harness.PARTITIONS - len(mine)
+    assert sum(restore.count for restore in begun) <= 7 * len(tail) + 5, "of some 300 that there are"
+    assert not second._standby._stores
+    assert system.client.start(recovery_short, 7).result(30) == 7
+    assert system.client.get_run(runs[0].id).result(30) == 0
 
 
 def is_gone(run: Run) -> bool:

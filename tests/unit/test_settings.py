@@ -31,13 +31,14 @@ def test_every_variable_is_read() -> None:
             "DURABLY_DATA_DIR": "/data",
             "DURABLY_GROUP_INSTANCE_ID": "p-1",
             "DURABLY_RETENTION": "30d",
+            "DURABLY_STANDBY": "1",
             "DURABLY_KAFKA_SASL_MECHANISM": "PLAIN",
             "DURABLY_KAFKA_SSL_CA_LOCATION": "/ca.pem",
         }
     )
     assert settings == Settings(
         url="kafka://a:1", namespace="shop", partitions=3, dispatch="committed", data_dir=Path("/data"),
-        group_instance_id="p-1", retention=30 * 86_400_000, kafka={"sasl.mechanism": "PLAIN", "ssl.ca.location": "/ca.pem"},
+        group_instance_id="p-1", retention=30 * 86_400_000, standby=True, kafka={"sasl.mechanism": "PLAIN", "ssl.ca.location": "/ca.pem"},
     )  # fmt: skip
 
 
@@ -55,6 +56,7 @@ def test_arguments_stand_before_the_environment_and_empty_variables_count_as_uns
         ("PARTITIONS", "-1"),
         ("NAMESPACE", "a b"),
         ("DISPATCH", "late"),
+        ("STANDBY", "maybe"),
         ("RETENTION", "soon"),
         ("RETENTION", "-1s"),
         ("RETENTION", "500ms"),

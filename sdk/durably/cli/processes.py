@@ -84,9 +84,21 @@ def dev(
             gateway.stop()
 
 
-def processor(shell: Shell, modules: Modules, *, retention: Retention = None) -> None:
+def processor(
+    shell: Shell,
+    modules: Modules,
+    *,
+    retention: Retention = None,
+    standby: Annotated[
+        bool,
+        typer.Option(
+            envvar="DURABLY_STANDBY",
+            help="Keep copies of the stores of partitions that others own: a take-over is quick, and takes their disk.",
+        ),
+    ] = False,
+) -> None:
     """Runs workflows."""
-    settings = shell.settings(retention=retention)
+    settings = shell.settings(retention=retention, standby=standby)
 
     def ready() -> None:
         shell.say(f"processor ready: {settings.url}, namespace {settings.namespace}")

@@ -51,11 +51,15 @@ class Shell:
         self.json = json
         self.url, self.namespace, self._verbose = url, namespace, verbose
 
-    def settings(self, *, url: str | None = None, retention: str | None = None) -> Settings:
+    def settings(
+        self, *, url: str | None = None, retention: str | None = None, standby: bool | None = None
+    ) -> Settings:
         """From the options and the environment. Raises `ConfigurationError`."""
         from durably.settings import Settings
 
-        return Settings.from_environment(url=url or self.url, namespace=self.namespace, retention=retention)
+        return Settings.from_environment(
+            url=url or self.url, namespace=self.namespace, retention=retention, standby=standby
+        )
 
     @contextmanager
     def broker(self) -> Iterator[tuple[Broker, Settings]]:

@@ -10,7 +10,7 @@ from durably import step
 from durably.authoring import Registry, WorkflowDefinition
 from durably.payloads import dump, dump_arguments
 from durably_processor.engine.execution import Environment
-from durably_processor.engine.run import Outcome, Run
+from durably_processor.engine.run import Run
 from durably_schemas import Codec
 from durably_schemas import records as rec
 
@@ -51,11 +51,12 @@ def history(n: int) -> list[list[bytes]]:
         pieces.append([codec.encode(event) for event in outcome.events])
         if not outcome.requests:
             return pieces
-        outcome = run.result(_answer(outcome), T0 + len(pieces))
+        ((_, request),) = outcome.requests
+        outcome = run.result(answer(request), T0 + len(pieces))
 
 
-def _answer(outcome: Outcome) -> rec.StepResult:
-    ((_, request),) = outcome.requests
+def answer(request: rec.StepRequest) -> rec.StepResult:
+    """A worker's answer to a request."""
     return rec.StepResult(
         run_id=request.run_id,
         step_id=request.step_id,

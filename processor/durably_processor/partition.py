@@ -53,8 +53,8 @@ TIMERS_A_TURN = 1_000
 DEADLY = 2
 """Activations of a run that never ended, after which it is blocked instead of tried again."""
 MAX_KEY = 1_024
-FRAMING = 200
-"""Bytes that Kafka puts around a record."""
+FRAMING = 700
+"""Bytes that Kafka puts around a record, and a Snapshot, with the run's id, around an event that it holds."""
 WAITER_MS = 10 * 60 * 1000
 """Whoever waits for a result asks again more often than this; the answer would not be kept for longer either."""
 

@@ -49,6 +49,8 @@ A_GROUP, GROUP_BYTES = 64, 64 * 1024
 
 A_PIECE = 10_000
 """Events that are written to the store together; what else the thread has to do waits for no more."""
+MOST_KNOWN = 10_000
+"""Open runs whose states stay in memory until their next events come, beyond those of a piece."""
 
 _PREFIX = MARKER + fingerprint_of(schema_of("Event"))
 _SEQS = [varint(n) for n in range(8_192)]
@@ -134,6 +136,8 @@ class Stretch:
             if state.terminal:
                 del self._known[key]
         self._touched.clear()
+        if len(self._known) > MOST_KNOWN:
+            self._known.clear()  # the store has them by the time they are asked for
         return changes
 
     def copied(self, run_id: str, from_seq: int, to_seq: int) -> None:

@@ -106,3 +106,15 @@ def test_a_log_costs_the_same_at_its_end_as_at_its_beginning(small, monkeypatch)
     assert read == 0
     sizes = [len(value) for _, value in small.events if CODEC.decode_as(Event, value).type == "step_completed"]
     assert max(sizes) <= min(sizes) + 10, "but for longer numbers"
+
+
+def test_a_long_run_goes_on_after_a_restart(small):
+    part = small.settle(small.start("chain", 150))
+    for _ in range(149):
+        part = small.settle(*map(small.answer, requests(part, early=True)))
+    (last,) = requests(part, early=True)
+    small.partition.drop()
+    small.take_over({topic: len(log) for topic, log in small.logs.items()})
+    small.settle(small.answer(last))
+    assert small.store.state("r1").header.status == "completed"
+    assert small.store.state("r1").header.seq == 3 + 3 * 150

@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help demo test lint bench bench-peers up down topics
+.PHONY: help demo test lint bench bench-peers up down topics chaos
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     400 real orders, a kill -9 half-way, and a check of the books"
 	@echo "make test     all tests; those that need Kafka start it in a container"
+	@echo "make chaos    20,000 runs under 200 faults; CHAOS='--help' lists the options"
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    measures, and writes bench/README.md; NOTE='what has changed since the last time'"
 	@echo "make bench-peers  installs what durably is compared with: needs the network, and npm for one of them"
@@ -36,6 +37,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+chaos: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from durably.broker.port import TP, Broker, Committed, Producer, Transactions
-from durably.errors import BrokerError
+from durably.errors import BrokerError, Fenced
 from durably_schemas import Catalogue, Codec
 from durably_schemas.records import Reply, ReplyTo
 
@@ -86,6 +86,7 @@ class Committer:
         self._codec = codec
         self._plain = plain
         self._transactions = transactions
+        self._transactional_id = transactional_id
         self._owner = OWNER + transactional_id
         self._gathered = _Batch()
         self._busy = False
@@ -93,6 +94,8 @@ class Committer:
         self._stopped = False
         self._abandoned = False
         self._group: object = None
+        self._current = _Batch()  # under way
+        self._outdated = False  # its group metadata; it waits for newer ones
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="durably-commit", daemon=True)
 
@@ -107,6 +110,18 @@ class Committer:
         asked = self._asked
         return asked is not None and time.monotonic() - asked > OVERDUE
 
+    @property
+    def outdated(self) -> bool:
+        """A commit was refused because the group has moved on since its metadata were taken: see `renew`."""
+        return self._outdated
+
+    def renew(self, group: object) -> None:
+        """Hands over the group's metadata as of a poll, or of a revoke callback: what is still ours is committed with it."""
+        with self._changed:
+            self._group = group
+            self._outdated = False
+            self._changed.notify_all()
+
     def add(self, turn: Turn, group: object) -> None:
         """Hands a turn over, with the group's metadata as of the poll that it came from.
 
@@ -119,9 +134,13 @@ class Committer:
             while self._gathered.records > BACKLOG and self.error is None and not self.overdue:
                 self._changed.wait(0.1)
 
-    def drain(self, timeout: float) -> bool:
-        """Waits until everything handed over is committed and applied; False when that took too long or failed."""
+    def drain(self, timeout: float, group: object) -> bool:
+        """Waits until everything handed over is committed and applied; False when that took too long or failed.
+
+        ``group``: its metadata now. A revoke comes within a generation that is newer than that of the last poll.
+        """
         end = time.monotonic() + timeout
+        self.renew(group)
         with self._changed:
             self._gathered.urgent = True
             self._changed.notify_all()
@@ -133,10 +152,11 @@ class Committer:
             return self.error is None
 
     def drop(self, partitions: list[int]) -> None:
-        """Drops what is not yet under way for partitions that have been lost."""
+        """Drops what is not yet under way, or would be tried again, for partitions that have been lost."""
         with self._changed:
             for number in partitions:
                 self._gathered.parts.pop(number, None)
+                self._current.parts.pop(number, None)
 
     def stop(self, timeout: float) -> None:
         """Ends the thread, or abandons it where it hangs: it will write nothing any more."""
@@ -158,7 +178,7 @@ class Committer:
                 batch, group = self._next()
                 if batch is None:
                     return
-                self._commit(batch, group)
+                self._commit_in_time(batch, group)
                 with self._changed:
                     self.acked = batch.turn
                     self._busy = False
@@ -177,28 +197,66 @@ class Committer:
                 self._changed.wait()
             if not self._gathered.urgent and not self._stopped:
                 self._changed.wait_for(lambda: self._gathered.urgent or self._stopped, LINGER)
-            batch, self._gathered = self._gathered, _Batch()
+            batch = self._current = self._gathered
+            self._gathered = _Batch()
             self._busy = True
             self._changed.notify_all()
             return batch, self._group
 
+    def _commit_in_time(self, batch: _Batch, group: object) -> None:
+        """Commits a batch; with newer metadata again where the group has moved on meanwhile and left partitions to us.
+
+        Every rebalance makes the metadata of some commit too old, also one in which nothing changes hands. To take all
+        partitions over anew for it would send the early requests of the batch once more, and so run steps twice.
+        """
+        end = time.monotonic() + COMMIT_BOUND
+        while True:
+            try:
+                self._commit(batch, group)
+                return
+            except Fenced as e:
+                if not e.stale or time.monotonic() > end:
+                    raise
+                self._asked = None
+                group = self._newer(e, end)
+                self._asked = time.monotonic()  # Kafka owes an answer to the following as well
+                self._transactions.close()
+                self._transactions = self._broker.transactions(self._transactional_id)
+                self._transactions.init(COMMIT_BOUND)
+                self._asked = None
+                if self._abandoned:  # a successor's producer comes with the same id: it, or its end, must be the later
+                    raise
+
+    def _newer(self, refused: Fenced, end: float) -> object:
+        """The group's metadata, as soon as they are newer than those that were refused."""
+        with self._changed:
+            self._outdated = True
+            while self._outdated:
+                left = end - time.monotonic()
+                if left <= 0 or self._stopped:
+                    raise refused
+                self._changed.wait(left)
+            return self._group
+
     def _commit(self, batch: _Batch, group: object) -> None:
         checkpoints: dict[int, Changes] = {}
+        with self._changed:
+            parts = dict(batch.parts)  # what is lost meanwhile leaves the batch
         self._transactions.begin()
-        for number, part in batch.parts.items():
+        for number, part in parts.items():
             self._write(number, part, checkpoints)
         self._await_dispatched(batch)
         offsets = {
-            tp: Committed(offset, self._owner) for part in batch.parts.values() for tp, offset in part.offsets.items()
+            tp: Committed(offset, self._owner) for part in parts.values() for tp, offset in part.offsets.items()
         }
         self._asked = time.monotonic()
         self._transactions.commit(offsets, group, COMMIT_BOUND)
         self._asked = None
         if self._abandoned:
             return  # others have gone on meanwhile, from the topics
-        for number, part in batch.parts.items():
+        for number, part in parts.items():
             self._apply(part, checkpoints.get(number, {}))
-        for part in batch.parts.values():
+        for part in parts.values():
             self._reply(part)
 
     def _write(self, number: int, part: Part, checkpoints: dict[int, Changes]) -> None:
@@ -286,6 +344,11 @@ def dispatch(turn: Turn, plain: Producer) -> None:
 def owner_of(metadata: str) -> str | None:
     """The transactional id of an owner that has not released its partition."""
     return metadata.removeprefix(OWNER) if metadata.startswith(OWNER) else None
+
+
+def owned(offsets: Mapping[TP, int], transactional_id: str) -> dict[TP, Committed]:
+    """Offsets that say who may leave something open behind them."""
+    return {tp: Committed(offset, OWNER + transactional_id) for tp, offset in offsets.items()}
 
 
 def released(offsets: Mapping[TP, int]) -> dict[TP, Committed]:

@@ -22,7 +22,7 @@ from durably.broker.port import TP, Broker, Consumer, Producer
 from durably.errors import BrokerError, ConfigurationError
 from durably_schemas import Catalogue, Codec
 
-from durably_processor.committer import Committer, dispatch, owner_of, released
+from durably_processor.committer import Committer, dispatch, owned, owner_of, released
 from durably_processor.engine.execution import Environment
 from durably_processor.engine.watchdog import Watchdog
 from durably_processor.partition import Dispatch, Partition, Poison, Poisoned
@@ -167,7 +167,10 @@ class Processor:
             committer = self._healthy_committer()
             self._restore()
             turn = Turn(self._number + 1, committer.acked)
-            for message in self._consumer.poll(self._patience(), RECORDS_A_TURN):
+            messages = self._consumer.poll(self._patience(), RECORDS_A_TURN)
+            if committer.outdated:
+                committer.renew(self._consumer.group_metadata())
+            for message in messages:
                 partition = self._partitions.get(message.partition)
                 if partition is not None:
                     partition.handle(message, turn)
@@ -268,8 +271,10 @@ class Processor:
         tps = self._tps(numbers)
         self._consumer.pause(tps)
         self._environment.queues = self._queues()
-        self._resolve_predecessors(tps)
+        resolved = self._resolve_predecessors(tps)
         committed = self._consumer.committed(tps, 30)
+        if resolved:
+            self._sign({tp: c.offset for tp, c in committed.items() if c.offset >= 0})
         missing = [tp for tp, c in committed.items() if c.offset < 0]
         offsets = {tp: c.offset for tp, c in committed.items()} | (
             self._broker.start_offsets(missing) if missing else {}
@@ -285,9 +290,10 @@ class Processor:
             self._stores[number] = store
             self._restoring[number] = Restore(number, store, self._broker, self._catalogue, self._codec)
 
-    def _resolve_predecessors(self, tps: list[TP]) -> None:
+    def _resolve_predecessors(self, tps: list[TP]) -> bool:
         # Otherwise whatever a killed owner left open would hold back readers until its transaction times out.
         texts = self._broker.group_metadata_of(self._group, tps).values()
+        resolved = False
         for owner in {owner_of(text) for text in texts} - {None, self._transactional_id}:
             assert owner is not None
             log.info("resolving what %s left open", owner)
@@ -296,6 +302,17 @@ class Processor:
                 transactions.init(30)
             finally:
                 transactions.close()
+            resolved = True
+        return resolved
+
+    def _sign(self, offsets: dict[TP, int]) -> None:
+        """Puts our name in the place of the predecessors'. Some of them may be alive, with other partitions, and are fenced
+        by each resolution: two processors that resolved each other at every take-over would never commit anything.
+        """
+        try:
+            self._consumer.commit(owned(offsets, self._transactional_id), wait=True)
+        except BrokerError as e:
+            log.info("the offsets still name the predecessors: %s", e)
 
     def _activate(self, number: int) -> None:
         positions, ends = self._starts.pop(number)
@@ -332,7 +349,7 @@ class Processor:
     def on_revoked(self, partitions: Sequence[int]) -> None:
         """Commits what is under way for a bounded time, marks the partitions released, and lets go."""
         committer = self._committer
-        clean = committer is not None and committer.drain(DRAIN)
+        clean = committer is not None and committer.drain(DRAIN, self._consumer.group_metadata())
         if clean:
             offsets = {
                 tp: o for n in partitions if n in self._partitions for tp, o in self._partitions[n].offsets().items()

@@ -190,7 +190,14 @@ class BrokerUnreachable(BrokerError):
 
 
 class Fenced(BrokerError):
-    """Another process is the owner by now; nothing was committed."""
+    """Another process is the owner by now; nothing was committed.
+
+    Attributes:
+        stale: only the group's metadata were too old: it has moved on to another generation, and the member, which is
+            still one, may own the same partitions in it.
+    """
+
+    stale = False
 
 
 class RecordTooLarge(BrokerError):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 import harness
 import pytest
-from durably import step, workflow
+from durably import get_step_metadata, step, workflow
 from durably_processor import committer
 from durably_processor.partition import Partition
+from durably_processor.processor import Processor
 
 
 @step
@@ -19,6 +21,20 @@ async def nothing() -> int:
 @workflow
 async def one_step() -> int:
     return await nothing()
+
+
+ran: list[tuple[str, str]] = []
+
+
+@step
+async def counted() -> int:
+    ran.append((get_step_metadata().run_id, get_step_metadata().step_id))
+    return 1
+
+
+@workflow
+async def counted_steps() -> int:
+    return await counted() + await counted() + await counted()
 
 
 def test_what_was_read_and_not_handed_over_is_not_committed_on_the_way_out(tmp_path, namespace, monkeypatch):
@@ -92,4 +108,69 @@ def test_a_commit_that_fails_is_made_good_by_taking_over_anew(tmp_path, namespac
     assert [run.result(30) for run in runs] == [1] * 10
     assert left == [0]
     assert [e.seq for e in runs[0].events()] == list(range(1, 7))
+    system.close()
+
+
+def test_a_commit_with_outdated_group_metadata_is_made_again_and_no_step_runs_twice(tmp_path, namespace, monkeypatch):
+    from durably.broker.embedded_broker import EmbeddedTransactions
+    from durably.errors import Fenced
+
+    system = harness.System(f"embedded:{tmp_path}/b", namespace, tmp_path)
+    commit, left, asked = EmbeddedTransactions.commit, [6], []
+    ran.clear()
+
+    def refuses(self, offsets, group, timeout):
+        asked.append(group)
+        if left[0] and len(asked) % 2:
+            left[0] -= 1
+            refusal = Fenced("the group has moved on")
+            refusal.stale = True
+            raise refusal
+        return commit(self, offsets, group, timeout)
+
+    monkeypatch.setattr(EmbeddedTransactions, "commit", refuses)
+    taken = []
+    monkeypatch.setattr(Processor, "_distrust", lambda self, why: taken.append(why))
+    system.start_processor()
+    system.start_worker()
+    runs = [system.client.start(counted_steps) for _ in range(10)]
+    assert [run.result(30) for run in runs] == [3] * 10
+    assert (left, taken) == ([0], [])
+    assert set(Counter(ran).values()) == {1}
+    assert [e.seq for e in runs[0].events()] == list(range(1, 13))
+    system.close()
+
+
+def test_a_predecessor_is_resolved_once_also_where_its_successor_takes_over_again(tmp_path, namespace, monkeypatch):
+    """Two that are alive, and resolved each other at every take-over, would fence each other for ever."""
+    from durably.broker.embedded_broker import EmbeddedTransactions
+    from durably.errors import BrokerError
+
+    system = harness.System(f"embedded:{tmp_path}/b", namespace, tmp_path)
+    first = system.start_processor("first")
+    system.start_worker()
+    runs = [system.client.start(one_step) for _ in range(10)]
+    assert [run.result(30) for run in runs] == [1] * 10
+    system.processors.remove(first)
+    first.crash(committed=False)
+
+    init, commit, resolved, left = EmbeddedTransactions.init, EmbeddedTransactions.commit, [], [3]
+
+    def notes(self, timeout):
+        resolved.append(self._id)
+        return init(self, timeout)
+
+    def fails(self, *args):
+        if left[0]:
+            left[0] -= 1
+            raise BrokerError("as if")
+        return commit(self, *args)
+
+    monkeypatch.setattr(EmbeddedTransactions, "init", notes)
+    monkeypatch.setattr(EmbeddedTransactions, "commit", fails)
+    second = system.start_processor("second")
+    assert system.client.start(one_step).result(30) == 1
+    assert left == [0]
+    assert resolved.count(first._processor._transactional_id) == 1
+    assert resolved.count(second._processor._transactional_id) == 4
     system.close()

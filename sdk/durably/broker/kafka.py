@@ -45,6 +45,7 @@ _FENCED = {
     KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.FENCED_INSTANCE_ID,
     KafkaError.REBALANCE_IN_PROGRESS, KafkaError.STALE_MEMBER_EPOCH, KafkaError.FENCED_MEMBER_EPOCH,
 }  # fmt: skip
+_STALE = {KafkaError.ILLEGAL_GENERATION, KafkaError.REBALANCE_IN_PROGRESS, KafkaError.STALE_MEMBER_EPOCH}
 _SILENT = {
     KafkaError._TIMED_OUT, KafkaError._TIMED_OUT_QUEUE, KafkaError._MSG_TIMED_OUT, KafkaError._TRANSPORT,
     KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError.REQUEST_TIMED_OUT,
@@ -97,7 +98,9 @@ class _Errors:
         """Ours for one of librdkafka's; ``doing`` completes "while ..."."""
         code, said = error.code(), f"{error.str()} [{error.name()}]"
         if code in _FENCED:
-            return Fenced(f"another process took over while {doing}, which did not happen: {said}")
+            fenced = Fenced(f"another process took over while {doing}, which did not happen: {said}")
+            fenced.stale = code in _STALE
+            return fenced
         if code in _SILENT:
             return BrokerUnreachable(
                 f"no answer from Kafka at {self.address} while {doing}: check that it runs there, that this machine "

@@ -93,7 +93,8 @@ class Producer(Protocol):
 class Transactions(Protocol):
     """A transactional producer. Any error raised here means: close it, and take over with a new one.
 
-    `Fenced` is raised where another producer has the same transactional id by now, or the group has moved on.
+    `Fenced` is raised where another producer has the same transactional id by now, or the group has moved on; it is
+    ``stale`` where the same may be committed with newer metadata of the group.
     """
 
     def init(self, timeout: float) -> None:

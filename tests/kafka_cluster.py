@@ -25,7 +25,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from testcontainers.core.container import DockerContainer
 
@@ -117,7 +117,7 @@ def wait_ready(bootstrap: str, ended: Callable[[], str | None], timeout: float =
 class ContainerKafka:
     """A broker in a container, by Testcontainers."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Mapping[str, str]) -> None:
         # Ryuk is another image from a registry; whoever starts a broker stops it.
         os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
         import docker
@@ -133,11 +133,15 @@ class ContainerKafka:
             raise Unavailable(f"no Docker engine answers ({error})") from error
         port = free_port()
         self.bootstrap = f"127.0.0.1:{port}"
-        settings = SETTINGS | {
-            "listeners": "HOST://:9092,PLAINTEXT://localhost:19092,CONTROLLER://localhost:9093",
-            "advertised.listeners": f"HOST://{self.bootstrap},PLAINTEXT://localhost:19092",
-            "controller.quorum.voters": "1@localhost:9093",
-        }
+        settings = (
+            SETTINGS
+            | dict(settings)
+            | {
+                "listeners": "HOST://:9092,PLAINTEXT://localhost:19092,CONTROLLER://localhost:9093",
+                "advertised.listeners": f"HOST://{self.bootstrap},PLAINTEXT://localhost:19092",
+                "controller.quorum.voters": "1@localhost:9093",
+            }
+        )
         self._container: DockerContainer = DockerContainer(IMAGE).with_env("KAFKA_HEAP_OPTS", "-Xms256m -Xmx512m")
         self._container.ports["9092/tcp"] = ("127.0.0.1", port)  # type: ignore[assignment]
         for name, value in settings.items():
@@ -180,20 +184,24 @@ class ContainerKafka:
 class ProcessKafka:
     """A broker as a child process; its jars come from Maven, once, into ``.kafka``."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Mapping[str, str]) -> None:
         self._java = find_java()
         libraries = fetch_jars()
         self._folder = Path(tempfile.mkdtemp(prefix="durably-kafka-"))
         self.bootstrap = f"127.0.0.1:{free_port()}"
         internal, controller = free_port(), free_port()
-        settings = SETTINGS | {
-            "listeners": (
-                f"HOST://{self.bootstrap},PLAINTEXT://127.0.0.1:{internal},CONTROLLER://127.0.0.1:{controller}"
-            ),
-            "advertised.listeners": f"HOST://{self.bootstrap},PLAINTEXT://127.0.0.1:{internal}",
-            "controller.quorum.voters": f"1@127.0.0.1:{controller}",
-            "log.dirs": str(self._folder / "data"),
-        }
+        settings = (
+            SETTINGS
+            | dict(settings)
+            | {
+                "listeners": (
+                    f"HOST://{self.bootstrap},PLAINTEXT://127.0.0.1:{internal},CONTROLLER://127.0.0.1:{controller}"
+                ),
+                "advertised.listeners": f"HOST://{self.bootstrap},PLAINTEXT://127.0.0.1:{internal}",
+                "controller.quorum.voters": f"1@127.0.0.1:{controller}",
+                "log.dirs": str(self._folder / "data"),
+            }
+        )
         properties = self._folder / "server.properties"
         properties.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
         run = [self._java, "-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "-cp", f"{libraries}/*"]
@@ -293,19 +301,19 @@ def fetch_jars() -> Path:
     return libraries
 
 
-def start() -> KafkaCluster:
-    """A broker of the caller's own.
+def start(settings: Mapping[str, str] | None = None) -> KafkaCluster:
+    """A broker of the caller's own; ``settings`` beside `SETTINGS`.
 
     Raises:
         Unavailable: there is no way to one; the message says what to install.
     """
-    ways: dict[str, Callable[[], KafkaCluster]] = {"docker": ContainerKafka, "java": ProcessKafka}
+    ways: dict[str, Callable[[Mapping[str, str]], KafkaCluster]] = {"docker": ContainerKafka, "java": ProcessKafka}
     only = os.environ.get("DURABLY_TEST_KAFKA_VIA")
     reasons = []
     for name, way in ways.items():
         if only in {None, "", name}:
             try:
-                return way()
+                return way(settings or {})
             except Unavailable as error:
                 reasons.append(f"{name}: {error}")
     raise Unavailable("\n".join([REMEDY, *reasons]))

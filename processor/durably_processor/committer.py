@@ -246,9 +246,7 @@ class Committer:
         for number, part in parts.items():
             self._write(number, part, checkpoints)
         self._await_dispatched(batch)
-        offsets = {
-            tp: Committed(offset, self._owner) for part in parts.values() for tp, offset in part.offsets.items()
-        }
+        offsets = {tp: Committed(offset, self._owner) for part in parts.values() for tp, offset in part.offsets.items()}
         self._asked = time.monotonic()
         self._transactions.commit(offsets, group, COMMIT_BOUND)
         self._asked = None

@@ -306,8 +306,10 @@ class Processor:
         return resolved
 
     def _sign(self, offsets: dict[TP, int]) -> None:
-        """Puts our name in the place of the predecessors'. Some of them may be alive, with other partitions, and are fenced
-        by each resolution: two processors that resolved each other at every take-over would never commit anything.
+        """Puts our name in the place of the predecessors'.
+
+        Some of them may be alive, with other partitions, and are fenced by each resolution: two processors that resolved
+        each other at every take-over would never commit anything.
         """
         try:
             self._consumer.commit(owned(offsets, self._transactional_id), wait=True)

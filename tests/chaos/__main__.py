@@ -12,7 +12,7 @@ from pathlib import Path
 import kafka_cluster
 
 from chaos import faults
-from chaos.campaign import campaign
+from chaos.campaign import BROKER, campaign
 
 
 def main() -> int:
@@ -21,7 +21,9 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20_000, help="how many runs the load generator starts")
     parser.add_argument("--faults", type=int, default=200, help="how many faults are injected")
     parser.add_argument("--seconds", type=float, default=3_600, help="after which no more faults and runs begin")
-    parser.add_argument("--seed", type=int, default=None, help="of the schedule and the load; drawn and printed if not given")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of the schedule and the load; drawn and printed if not given"
+    )
     parser.add_argument("--fault", action="append", choices=sorted(faults.FAULTS), help="this one alone; repeatable")
     parser.add_argument("--processors", type=int, default=3)
     parser.add_argument("--workers", type=int, default=3)
@@ -37,7 +39,7 @@ def main() -> int:
         return 0
     folder = options.folder or Path(tempfile.mkdtemp(prefix="durably-chaos-"))
     say(f"seed {seed}; logs and stores in {folder}")
-    cluster = kafka_cluster.start()
+    cluster = kafka_cluster.start(BROKER)
     try:
         report = campaign(
             cluster,

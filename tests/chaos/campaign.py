@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kafka_cluster import KafkaCluster
 
 WORKFLOWS = Path(__file__).with_name("workflows.py")
+BROKER = {"broker.session.timeout.ms": "6000", "broker.heartbeat.interval.ms": "1000"}
+"""So that a broker on a busy machine does not count itself as dead; it takes as long to come back from a SIGKILL."""
 QUIET = 180.0
 """Seconds without the end of any run, after the last fault, for which one waits for the next."""
 WARM = 5.0
@@ -127,7 +129,9 @@ class _Progress:
         injected = self._arena.injected
         for fault in injected[self._told :]:
             number = f"{self._told + 1:3}"
-            self._say(f"{self._since():6.1f} s  fault {number}  {fault.name:28} {fault.target} ({fault.end - fault.begin} ms)")
+            self._say(
+                f"{self._since():6.1f} s  fault {number}  {fault.name:28} {fault.target} ({fault.end - fault.begin} ms)"
+            )
             self._told += 1
         if time.monotonic() - self._said > 10:
             self._said = time.monotonic()

@@ -279,7 +279,9 @@ def _poisoned(workflow: str) -> Callable[[Arena, random.Random], Hurt]:
     def poison(arena: Arena, chance: random.Random) -> Hurt:
         run_id = f"poison-{arena.unique()}"
         arena.poisons[run_id] = workflow
-        start = StartRun(run_id=run_id, workflow=workflow, input=payloads.dump_arguments(_one, (1,), {}, "n"), requested_at=0)
+        start = StartRun(
+            run_id=run_id, workflow=workflow, input=payloads.dump_arguments(_one, (1,), {}, "n"), requested_at=0
+        )
         arena.produce(arena.installation.catalogue.commands, run_id.encode(), Codec().encode(start))
         until = time.monotonic() + 120
         while arena.load.ends.statuses.get(run_id) != "blocked":

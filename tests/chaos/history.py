@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +126,7 @@ def strangers(history: History, stores: list[Path]) -> list[str]:
         try:
             for key, value in store._scan(b"e"):
                 if known.get(key) != codec.decode_as(Event, value):
-                    found.append(f"{os.sep.join(path.parts[-3:])} holds an event that the topic does not: {key!r}")
+                    found.append(f"{path.parts[-3]}/{path.name} holds an event that the topic does not: {key!r}")
         finally:
             store.close()
     return found

@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import threading
-import time
 from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -138,8 +137,7 @@ class Load:
                 name = self._random.choices(names, weights)[0]
                 self._go(self._start(f"{name.removeprefix('chaos_')}-{n}", name, n))
                 await asyncio.sleep(0)
-            while not self._quiet.is_set():
-                await asyncio.sleep(0.1)
+            await asyncio.to_thread(self._quiet.wait)
             mail.cancel()
             _, late = await asyncio.wait(self._tasks, timeout=20) if self._tasks else ((), ())
             for task in late:
@@ -191,8 +189,9 @@ class Load:
         read: list[Any] = []
         while True:
             try:
-                async for chunk in self._client.get_run(run_id).stream("log", start_index=len(read)):
-                    read.append(chunk)
+                chunks = self._client.get_run(run_id).stream("log", start_index=len(read))
+                async for chunk in chunks:
+                    read.append(chunk)  # noqa: PERF401 - what was read before an error is kept
             except (BrokerError, TimeoutError):
                 await asyncio.sleep(0.5)
                 continue
@@ -229,20 +228,12 @@ class Load:
     async def _resume(self, token: str, payload: int, resume_id: str) -> None:
         times = 1 + (self._random.random() < 0.2)
         self.duplicates += times - 1
-        calls = [self._until(lambda: self._client.resume_hook(token, payload, resume_id=resume_id)) for _ in range(times)]
+        calls = [
+            self._until(lambda: self._client.resume_hook(token, payload, resume_id=resume_id)) for _ in range(times)
+        ]
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             # A copy may come when the hook is gone, and is then known all the same; the first one must be taken.
             if isinstance(outcome, HookNotFoundError):
                 self.errors[f"the resume {resume_id} was refused: {outcome}"] += 1
             elif isinstance(outcome, BaseException):
                 raise outcome
-
-
-def waits(load: Load, seconds: float, done: Callable[[], bool]) -> bool:
-    """Whether it came true in time, while nobody started anything."""
-    until = time.monotonic() + seconds
-    while not done():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.1)
-    return True

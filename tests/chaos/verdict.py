@@ -213,9 +213,9 @@ _EXPECTED = {STREAM, PLAIN, tuple(range(10, 20))}
 
 def repeated(ledger: list[Execution]) -> list[list[Execution]]:
     """The attempts that ran more than once, each with its executions in the order of time."""
-    by_attempt: dict[tuple[str, int], list[Execution]] = defaultdict(list)
+    by_attempt: dict[tuple[str, str, int], list[Execution]] = defaultdict(list)
     for execution in ledger:
-        by_attempt[execution.step, execution.attempt].append(execution)
+        by_attempt[execution.run, execution.step, execution.attempt].append(execution)
     return [sorted(found, key=lambda e: e.at) for found in by_attempt.values() if len(found) > 1]
 
 

@@ -15,7 +15,7 @@ from durably.errors import BrokerError, Fenced
 from durably_schemas import Catalogue, Codec
 from durably_schemas.records import Reply, ReplyTo
 
-from durably_processor.state.store import CHECKPOINT, SNAPSHOTS, Changes
+from durably_processor.state.store import CHECKPOINT, SNAPSHOTS, Changes, StoreError
 from durably_processor.turn import Dispatch, Output, Part, Turn
 
 log = logging.getLogger("durably.processor")
@@ -311,6 +311,8 @@ class Committer:
         for reply_to, make in part.answers:
             try:
                 self._send_reply(reply_to, make())
+            except StoreError:
+                raise
             except Exception:  # an asker that is not answered asks again; one bad address must not stop the rest
                 log.exception("a reply to partition %s could not be sent", reply_to.partition)
         if part.answers:

@@ -32,6 +32,7 @@ from durably_processor.state.store import (
     Holder,
     Store,
     Stored,
+    StoreError,
     Timer,
     blocked_key,
     encode_token,
@@ -214,6 +215,8 @@ class Partition:
             return
         try:
             self._dispatch_record(message, record, turn)
+        except StoreError:
+            raise
         except Exception as e:
             log.exception("%s on %s[%s]@%s", type(record).__name__, message.topic, message.partition, message.offset)
             raise Poisoned((message.topic, message.partition, message.offset)) from e
@@ -692,6 +695,8 @@ class Partition:
         run = entry.run
         try:
             self._advance(entry, lambda: run.timer(correlation_id, due), turn, ordered=False)
+        except StoreError:
+            raise
         except Exception as e:
             log.exception("a timer of run %s", run.state.header.run_id)
             raise Poisoned(run.state.header.run_id) from e
@@ -712,6 +717,8 @@ class Partition:
                 continue
             try:
                 self._unblock_one(entry, turn)
+            except StoreError:
+                raise
             except Exception as e:
                 log.exception("run %s", run_id)
                 raise Poisoned(run_id) from e

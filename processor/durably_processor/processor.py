@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import shutil
 import threading
 import time
 import uuid
@@ -28,7 +29,7 @@ from durably_processor.engine.watchdog import Watchdog
 from durably_processor.partition import Dispatch, Partition, Poison, Poisoned
 from durably_processor.restore import Restore
 from durably_processor.standby import Standby
-from durably_processor.state.store import Store
+from durably_processor.state.store import Store, StoreDamaged
 from durably_processor.turn import Turn
 from durably_processor.upkeep import Retention, Truncation
 
@@ -184,6 +185,8 @@ class Processor:
         except Poisoned as e:
             self._poisoned |= {e.what}
             self._distrust(f"{e} could not be handled")
+        except StoreDamaged as e:
+            self._rebuild(e)
         except ConfigurationError:
             raise
         except BrokerError as e:
@@ -212,7 +215,10 @@ class Processor:
             if time.monotonic() - self._failed_at < FAILING:
                 self._stop.wait(RETRY)
             self._failed_at = time.monotonic()
-            self._distrust(f"a commit failed: {committer.error}")
+            if isinstance(committer.error, StoreDamaged):
+                self._rebuild(committer.error)
+            else:
+                self._distrust(f"a commit failed: {committer.error}")
         elif committer is not None and committer.overdue:
             self._distrust("a commit hangs")
         if self._committer is None:
@@ -241,6 +247,10 @@ class Processor:
             threading.Thread(target=self._plain.close, name="durably-close", daemon=True).start()
             self._plain = self._broker.producer()
         self._restoring.update(dict.fromkeys(self._drop_everything()))
+
+    def _rebuild(self, damaged: StoreDamaged) -> None:
+        self._distrust(str(damaged))
+        shutil.rmtree(damaged.path, ignore_errors=True)
 
     def _drop_everything(self) -> list[int]:
         """Ends the commit thread and forgets what is in memory; returns the partitions that are ours."""

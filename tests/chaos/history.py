@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import checker
 from durably.broker.port import TP, End
-from durably_processor.state.store import Store, event_key
+from durably_processor.state.store import Store, StoreDamaged, event_key
 from durably_schemas import Codec
 from durably_schemas import events as ev
 from durably_schemas.records import DeadLetter, Event, StreamChunk
@@ -127,6 +127,8 @@ def strangers(history: History, stores: list[Path]) -> list[str]:
             for key, value in store._scan(b"e"):
                 if known.get(key) != codec.decode_as(Event, value):
                     found.append(f"{path.parts[-3]}/{path.name} holds an event that the topic does not: {key!r}")
+        except StoreDamaged:
+            continue  # nobody has opened it since a fault damaged it
         finally:
             store.close()
     return found

@@ -15,16 +15,19 @@
     i                     the identity of ``events``
 
 RocksDB is a cache of the topic. It is written only after Kafka's transaction has been committed, in one batch with
-the checkpoint; whatever is lost of it is read again from the topic.
+the checkpoint; whatever is lost of it is read again from the topic, and so is all of it where its files are damaged.
 """
 
 from __future__ import annotations
 
+import logging
+import re
+import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn, TypeVar
 
 import msgspec
 from durably.errors import ConfigurationError
@@ -38,14 +41,31 @@ from durably_processor.engine.state import Header, OpenItem, RunState, created
 Changes = dict[bytes, bytes | None]
 """Keys to put, or with None to delete."""
 
+log = logging.getLogger("durably.processor")
+
+T = TypeVar("T")
+
 CHECKPOINT = b"c"
 SNAPSHOTS = b"d"
 _TOPIC = b"i"
+_IN_USE = re.compile(r"IO error: (While lock file|lock hold)")
 _encode = msgspec.msgpack.Encoder().encode
 _header = msgspec.msgpack.Decoder(Header).decode
 _item: msgspec.msgpack.Decoder[OpenItem] = msgspec.msgpack.Decoder(OpenItem)
 _several = msgspec.msgpack.Decoder(list[bytes]).decode
 _codec = Codec()
+
+
+class StoreError(Exception):
+    """RocksDB cannot read or write: the disk is full, or fails. No fault of whatever asked for it."""
+
+
+class StoreDamaged(StoreError):
+    """What RocksDB has written is not what it reads. The folder at ``path`` can be deleted: it is a cache."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} is damaged: {why}")
+        self.path = path
 
 
 class Holder(msgspec.Struct, frozen=True, array_like=True):
@@ -227,8 +247,11 @@ def blocked_key(run_id: str) -> bytes:
 class Store:
     """An open partition. Reads may come from any thread; writes come from one at a time.
 
+    Files that are found damaged here are deleted, and the store begins empty. What is found later is raised.
+
     Raises:
         ConfigurationError: another process has it open.
+        StoreError, StoreDamaged: from any method.
     """
 
     def __init__(self, path: Path) -> None:
@@ -238,19 +261,40 @@ class Store:
         self._unlogged = WriteOptions()
         self._unlogged.disable_wal = True  # type: ignore[method-assign, assignment]  # a property, whatever its stub says
         path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = self._open()
+        except StoreDamaged as e:
+            log.warning("%s; it is rebuilt", e)
+            shutil.rmtree(path)
+            self._db = self._open()
+
+    def _open(self) -> Rdict:
         options = Options(raw_mode=True)
         options.create_if_missing(True)
         options.set_write_buffer_size(16 * 1024 * 1024)
         options.set_max_write_buffer_number(3)
         options.set_keep_log_file_num(2)
         try:
-            self._db = Rdict(str(path), options, access_type=AccessType.read_write())
+            return Rdict(str(self.path), options, access_type=AccessType.read_write())
         except Exception as e:
-            if "lock" not in str(e).lower():
-                raise
+            if not _IN_USE.match(str(e)):
+                self._fail(e)
             raise ConfigurationError(
-                f"{path} is open in another process: give each processor a data directory of its own (DURABLY_DATA_DIR)"
+                f"{self.path} is open in another process: give each processor a data directory of its own "
+                "(DURABLY_DATA_DIR)"
             ) from e
+
+    def _fail(self, e: Exception) -> NoReturn:
+        """Raises one of RocksDB's errors as ours: it knows them by the first word of their text."""
+        if str(e).startswith("Corruption"):
+            raise StoreDamaged(self.path, str(e)) from e
+        raise StoreError(f"{self.path}: {e}") from e
+
+    def _do(self, act: Callable[..., T], *args: object) -> T:
+        try:
+            return act(*args)
+        except Exception as e:
+            self._fail(e)
 
     def write(self, changes: Mapping[bytes, bytes | None], *, logged: bool = True) -> None:
         """Writes all of it or nothing.
@@ -267,29 +311,32 @@ class Store:
                 put(key, value)
         with self._lock:
             if not self._closed:  # closed: a commit thread that was given up comes back late
-                self._db.write(batch, None if logged else self._unlogged)
+                self._do(self._db.write, batch, None if logged else self._unlogged)
 
     def flush(self) -> None:
         """What was written is on disk when this returns."""
-        self._db.flush()
+        self._do(self._db.flush)
 
     def close(self) -> None:
         """Closes the files; they are kept."""
         with self._lock:
             self._closed = True
-            self._db.close()
+            try:
+                self._db.close()
+            except Exception as e:  # what it could not flush is on the topic
+                log.warning("%s was not closed cleanly: %s", self.path, e)
 
     def belongs_to(self, topic: str) -> bool:
         """Whether what it holds came from the topic with this identity; a new store belongs to whoever asks first."""
-        if self._db.get(CHECKPOINT) is None:
-            self._db.put(_TOPIC, topic.encode())
-        return bool(self._db.get(_TOPIC) == topic.encode())
+        if self._get(CHECKPOINT) is None:
+            self._do(self._db.put, _TOPIC, topic.encode())
+        return self._get(_TOPIC) == topic.encode()
 
     def clear(self) -> None:
         """Forgets everything: it will be read from the topic again."""
         batch = WriteBatch(raw_mode=True)
         batch.delete_range(b"", b"\xff")
-        self._db.write(batch)
+        self._do(self._db.write, batch)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -304,13 +351,13 @@ class Store:
         return self._offset(SNAPSHOTS)
 
     def _offset(self, key: bytes) -> int:
-        value = self._db.get(key)
+        value = self._get(key)
         return int.from_bytes(value, "big") if value else 0
 
     def state(self, run_id: str) -> RunState | None:
         """A run's state; None where there is no such run."""
         run = _prefixed(run_id)
-        value = self._db.get(b"r" + run)
+        value = self._get(b"r" + run)
         if value is None:
             return None
         prefix = b"o" + run
@@ -321,11 +368,11 @@ class Store:
 
     def received(self, run_id: str, hook_id: str, resume_id: str) -> bool:
         """Whether the hook has received this resume."""
-        return self._db.get(resume_key(run_id, hook_id, resume_id)) is not None
+        return self._get(resume_key(run_id, hook_id, resume_id)) is not None
 
     def token(self, token: str) -> Token:
         """A custom token."""
-        value = self._db.get(token_key(token))
+        value = self._get(token_key(token))
         return Token() if value is None else _token(value)
 
     def event(self, run_id: str, seq: int) -> bytes | None:
@@ -343,12 +390,12 @@ class Store:
 
     def copied(self, run_id: str) -> Copied | None:
         """What of a run is on ``snapshots``; None: nothing."""
-        value = self._db.get(copied_key(run_id))
+        value = self._get(copied_key(run_id))
         return None if value is None else _copied(value)
 
     def copied_claim(self, token: str) -> Holder | None:
         """The holder of a custom token whose claim is on ``snapshots``."""
-        value = self._db.get(copied_claim_key(token))
+        value = self._get(copied_claim_key(token))
         return None if value is None else _holder(value)
 
     def lives(self, after: str | None, limit: int) -> list[Lived]:
@@ -363,6 +410,7 @@ class Store:
         # It has ended, or its header would not be left to be derived: its last event says when.
         iterator = self._db.iter()
         iterator.seek_for_prev(b"e" + key[1:] + b"\xff" * 8)
+        self._do(iterator.status)
         found = iterator.value()
         assert isinstance(found, bytes)  # raw mode
         last = _codec.decode_as(Event, found if found[:2] == MARKER else _several(found)[-1])
@@ -398,10 +446,21 @@ class Store:
         self, prefix: bytes, start: bytes | None = None, end: bytes | None = None
     ) -> Iterable[tuple[bytes, bytes]]:
         options = ReadOptions()
-        options.set_iterate_upper_bound(end or _after(prefix))
-        for key, value in self._db.items(from_key=start or prefix, read_opt=options):
+        if prefix or end:
+            options.set_iterate_upper_bound(end or _after(prefix))
+        last = begin = start or prefix
+        for key, value in self._db.items(from_key=begin, read_opt=options):
             assert isinstance(key, bytes)  # raw mode
             yield key, value
+            last = key
+        # An iterator ends in silence where it cannot read on: whoever asks for what comes next is told.
+        beyond = self._db.iter(options)
+        beyond.seek(last + b"\0")
+        self._do(beyond.status)
+
+    def _get(self, key: bytes) -> bytes | None:
+        value: bytes | None = self._do(self._db.get, key)
+        return value
 
     # -- runs that kill their processor ----------------------------------------------------------------------------
 
@@ -411,14 +470,14 @@ class Store:
         Written around activations that follow a crash, so that the owner after next does not die of the same run.
         """
         key = b"a" + _prefixed(run_id)
-        value = self._db.get(key)
+        value = self._get(key)
         unfinished = int.from_bytes(value, "big") if value else 0
-        self._db.put(key, (unfinished + 1).to_bytes(2, "big"))
+        self._do(self._db.put, key, (unfinished + 1).to_bytes(2, "big"))
         return unfinished
 
     def end_activation(self, run_id: str) -> None:
         """The activation has ended, however it did."""
-        self._db.delete(b"a" + _prefixed(run_id))
+        self._do(self._db.delete, b"a" + _prefixed(run_id))
 
 
 def _after(prefix: bytes) -> bytes:

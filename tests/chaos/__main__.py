@@ -24,7 +24,12 @@ def main() -> int:
     parser.add_argument(
         "--seed", type=int, default=None, help="of the schedule and the load; drawn and printed if not given"
     )
-    parser.add_argument("--fault", action="append", choices=sorted(faults.FAULTS), help="this one alone; repeatable")
+    parser.add_argument(
+        "--fault",
+        action="append",
+        choices=sorted(faults.FAULTS | faults.OF_PROCESSORS),
+        help="this one alone; repeatable",
+    )
     parser.add_argument("--processors", type=int, default=3)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--in-flight", type=int, default=300, help="how many runs are open at once")

@@ -16,21 +16,23 @@ from fault_proxy import FaultProxy
 from installation import SESSION, Installation
 
 from chaos import history, verdict
-from chaos.faults import Arena, Injector, Planned
+from chaos.faults import Arena, Injected, Injector, Planned
 from chaos.fleet import CLOCK, Fleet
 from chaos.load import Load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from kafka_cluster import KafkaCluster
 
 WORKFLOWS = Path(__file__).with_name("workflows.py")
+SABOTAGED = Path(__file__).with_name("sabotaged.py")
 BROKER = {"broker.session.timeout.ms": "6000", "broker.heartbeat.interval.ms": "1000"}
 """So that a broker on a busy machine does not count itself as dead; it takes as long to come back from a SIGKILL."""
 QUIET = 180.0
 """Seconds without the end of any run, after the last fault, for which one waits for the next."""
-WARM = 5.0
+WARM = 20
+"""Runs that must have ended before the first fault."""
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Report:
 
     violations: list[str] = field(default_factory=list)
     table: list[tuple[str, str]] = field(default_factory=list)
+    injected: list[Injected] = field(default_factory=list)
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.table)
@@ -57,20 +60,28 @@ def campaign(
     workers: int = 3,
     partitions: int = 6,
     in_flight: int = 300,
+    at_once: int = 2,
+    workflows: Path = WORKFLOWS,
+    environment: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """Starts up to ``runs`` runs while the schedule is carried out, for ``seconds`` at most; then waits and judges.
+    """Starts runs while the schedule is carried out, and on to ``runs`` of them, within ``seconds``; then waits and judges.
 
-    The first processor and the first worker reach the broker through a proxy that can lose its answers.
+    The first processor and the first worker reach the broker through a proxy that can lose its answers. ``at_once`` is
+    how many faults there may be at a time; ``workflows`` and ``environment`` are of every process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mail, ledger = folder / "mail", folder / "ledger"
-    environment = {"CHAOS_MAIL": str(mail), "CHAOS_LEDGER": str(ledger)}
     paths = [str(CLOCK), *filter(None, sys.path)]
-    environment["PYTHONPATH"] = ":".join(dict.fromkeys(paths))
+    variables = {"CHAOS_MAIL": str(mail), "CHAOS_LEDGER": str(ledger), "PYTHONPATH": ":".join(dict.fromkeys(paths))}
     namespace = f"chaos{uuid.uuid4().hex[:8]}"
     installation = Installation(
-        cluster.bootstrap, namespace, folder, WORKFLOWS, partitions=partitions, environment=environment
+        cluster.bootstrap,
+        namespace,
+        folder,
+        workflows,
+        partitions=partitions,
+        environment=variables | (environment or {}),
     )
     fleet = Fleet(installation)
     with FaultProxy(cluster.bootstrap) as proxy:
@@ -80,20 +91,19 @@ def campaign(
         for n in range(workers):
             fleet.add("worker", f"worker-{n}", through if n == 0 else None)
         fleet.begin()
-        load = Load(installation, mail, seed=seed, runs=runs, in_flight=in_flight)
+        load = Load(installation, mail, seed=seed, in_flight=in_flight)
         arena = Arena(fleet, cluster, proxy, load)
         begun = time.monotonic()
         load.begin()
         try:
-            _until(lambda: load.ends.ended >= min(runs, 20), 60)
-            time.sleep(min(WARM, seconds / 10))
+            _until(lambda: load.ends.ended >= WARM, 120)
             progress = _Progress(arena, load, fleet, say)
-            injector = Injector(arena, schedule)
-            # Runs go on as long as there are faults, and faults as long as there are runs.
-            injector.run(lambda: progress() and time.monotonic() - begun < seconds)
+            Injector(arena, schedule, at_once).run(lambda: progress() < seconds)
+            while len(load.started) < runs and progress() < seconds:
+                time.sleep(0.1)
             load.stop()
             under_faults = time.monotonic() - begun
-            stuck = _settle(load, progress)
+            stuck = _settle(load, arena, progress)
             took = time.monotonic() - begun
         finally:
             load.close()
@@ -111,6 +121,7 @@ def campaign(
     report.violations += [f"{run_id} did not end" for run_id in sorted(stuck)[:20]]
     report.violations += [f"fault not injected: {why}" for why in arena.failed]
     report.violations += [f"{times} x a client raised {error}" for error, times in load.errors.items()]
+    report.injected = arena.injected
     report.table = _table(found, load, fleet, under_faults, took)
     installation.client.close()
     installation.broker.close()
@@ -118,14 +129,14 @@ def campaign(
 
 
 class _Progress:
-    """Says every few seconds how far everything is; true while runs are still to be started."""
+    """Says every few seconds how far everything is; returns for how many seconds that has gone on."""
 
     def __init__(self, arena: Arena, load: Load, fleet: Fleet, say: Callable[[str], None]) -> None:
         self._arena, self._load, self._fleet, self._say = arena, load, fleet, say
         self._begun = self._said = time.monotonic()
         self._told = 0
 
-    def __call__(self) -> bool:
+    def __call__(self) -> float:
         injected = self._arena.injected
         for fault in injected[self._told :]:
             number = f"{self._told + 1:3}"
@@ -140,7 +151,7 @@ class _Progress:
                 f"{self._since():6.1f} s  {len(load.started)} runs started, {load.ends.ended} ended (children too), "
                 f"{len(load.ends.open)} open, {len(self._fleet.exits)} processes ended by themselves"
             )
-        return self._load.starting
+        return self._since()
 
     def _since(self) -> float:
         return time.monotonic() - self._begun
@@ -154,14 +165,16 @@ def _until(done: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def _settle(load: Load, progress: _Progress) -> set[str]:
-    """Waits until all runs have ended; returns those that have not when nothing has ended for long."""
+def _settle(load: Load, arena: Arena, progress: _Progress) -> set[str]:
+    """Waits until all runs have ended, or are blocked as they must; returns the others when nothing has ended for long."""
     last, since = -1, time.monotonic()
     while True:
         progress()
         statuses = load.ends.statuses
         left = {r for r in load.started if statuses.get(r) not in TERMINAL}
-        left |= {r for r in load.ends.open if not r.startswith("poison-")}
+        left |= {
+            r for r in [*load.ends.open, *arena.poisons] if not (r in arena.poisons and statuses.get(r) == "blocked")
+        }
         if not left:
             return set()
         if load.ends.ended != last:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import threading
@@ -87,11 +88,11 @@ class Load:
         errors: what a client raised that is no consequence of a fault.
     """
 
-    def __init__(self, installation: Installation, mail: Path, *, seed: int, runs: int, in_flight: int) -> None:
+    def __init__(self, installation: Installation, mail: Path, *, seed: int, in_flight: int) -> None:
         self._installation = installation
         self._mail = mail
         self._random = random.Random(seed)
-        self._runs, self._in_flight = runs, in_flight
+        self._in_flight = in_flight
         self.ends = Ends(installation.broker, installation.catalogue)
         self.started: dict[str, str] = {}
         self.told: dict[str, tuple[str, Any]] = {}
@@ -110,11 +111,6 @@ class Load:
         """Starts nothing more; what waits for it is still resumed and cancelled until `close`."""
         self._stopping.set()
 
-    @property
-    def starting(self) -> bool:
-        """Whether there are runs that are still to be started."""
-        return len(self.started) < self._runs and not self._stopping.is_set()
-
     def close(self) -> None:
         """Ends it, when everything has ended."""
         self._stopping.set()
@@ -127,7 +123,7 @@ class Load:
             self._client = client
             mail = asyncio.create_task(self._read_mail())
             names, weights = list(SHAPES), [shape.weight for shape in SHAPES.values()]
-            for n in range(self._runs):
+            for n in itertools.count():
                 while len(self.started) - self.ends.ended + len(self._tasks) // 4 > self._in_flight:
                     if self._stopping.is_set():
                         break

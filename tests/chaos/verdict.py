@@ -265,7 +265,7 @@ def take_overs(history: History) -> list[int]:
     for fault in history.injected:
         others = [f for f in history.injected if f is not fault]
         lonely = all(f.end + AFTERMATH_MS < fault.begin or f.begin > fault.begin + AFTERMATH_MS for f in others)
-        if fault.name != "sigkill" or "processor" not in fault.target or not lonely:
+        if not fault.name.startswith("sigkill") or "processor" not in fault.target or not lonely:
             continue
         after = [next((t for t in times if t > fault.begin), None) for times in partitions.values()]
         if all(t is not None for t in after):

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from durably.broker.port import TP, End, Message
-from durably_schemas import Codec
+from durably_schemas import Codec, CodecError
 from durably_schemas import events as ev
 from durably_schemas.records import Event, RunSummary, StartRun
 
@@ -25,8 +25,11 @@ STEP_ENDS = (ev.StepCompleted, ev.StepFailed, ev.StepCancelled)
 Log = list[Event]
 
 
-def read(broker: Broker, topic: str) -> list[tuple[Message, Record]]:
-    """Everything committed on a topic now, decoded; in the order of each partition."""
+def read(broker: Broker, topic: str, *, lenient: bool = False) -> list[tuple[Message, Record]]:
+    """Everything committed on a topic now, decoded; in the order of each partition.
+
+    ``lenient``: what cannot be decoded is left out, as it must be where anybody may write.
+    """
     tps = [TP(topic, p) for p in range(broker.partitions(topic))]
     reader = broker.reader(dict.fromkeys(tps, 0))
     ends = broker.end_offsets(tps, committed=True)
@@ -39,8 +42,12 @@ def read(broker: Broker, topic: str) -> list[tuple[Message, Record]]:
                 if item.offset >= ends[tp]:
                     left.discard(tp)
                 continue
-            if item.value is not None:  # else its run has been purged
-                found.append((item, codec.decode(item.value)))
+            try:
+                if item.value is not None:  # else its run has been purged
+                    found.append((item, codec.decode(item.value)))
+            except CodecError:
+                if not lenient:
+                    raise
             if item.offset + 1 >= ends[tp]:
                 left.discard(tp)
     reader.close()
@@ -52,7 +59,7 @@ def started(broker: Broker, catalogue: Catalogue) -> set[str]:
     letters = {(x.topic, x.partition, x.offset) for _, x in read(broker, catalogue.dead_letters)}
     return {
         record.run_id
-        for message, record in read(broker, catalogue.commands)
+        for message, record in read(broker, catalogue.commands, lenient=True)
         if isinstance(record, StartRun) and (message.topic, message.partition, message.offset) not in letters
     }
 

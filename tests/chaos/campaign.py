@@ -83,7 +83,7 @@ def campaign(
         partitions=partitions,
         environment=variables | (environment or {}),
     )
-    fleet = Fleet(installation)
+    fleet = Fleet(installation, say)
     with FaultProxy(cluster.bootstrap) as proxy:
         through = f"kafka://{proxy.bootstrap}"
         for n in range(processors):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from installation import Installation
 
@@ -89,8 +89,9 @@ class Member:
 class Fleet:
     """All members, and a thread that fills places whose process ended by itself."""
 
-    def __init__(self, installation: Installation) -> None:
+    def __init__(self, installation: Installation, say: Callable[[str], None]) -> None:
         self.installation = installation
+        self._say = say
         self.members: list[Member] = []
         self.exits: list[Exit] = []
         self._stopping = threading.Event()
@@ -146,6 +147,7 @@ class Fleet:
                     code = member.process.poll()
                     if code is not None and member in self.members:
                         self.exits.append(Exit(member.name, code, now_ms(), member.last_words()))
+                        self._say(f"{member.name} ended by itself with {code}: {member.last_words()}")
                         member.spawn()
                 finally:
                     member.lock.release()

@@ -48,7 +48,7 @@ class History:
     Attributes:
         logs: of each run, in the order of the topic.
         chunks: of each run, in the order of the topic.
-        letters: the place that each dead letter names, with who wrote it.
+        letters: the place that each dead letter names, with the key that was found there.
         ledger: the executions of steps.
         started: the workflow of each run whose start was acknowledged.
         poisons: the runs that must be blocked.
@@ -86,7 +86,7 @@ def read_topics(broker: Broker, catalogue: Catalogue) -> History:
         history.chunks[record.run_id].append(record)
     for _, record in checker.read(broker, catalogue.dead_letters):
         assert isinstance(record, DeadLetter)
-        history.letters.append((record.topic, record.partition, record.offset, record.component))
+        history.letters.append((record.topic, record.partition, record.offset, (record.key or b"").decode("latin-1")))
     history.aborted = _written(broker, catalogue.events, committed=False) - _written(broker, catalogue.events)
     return history
 

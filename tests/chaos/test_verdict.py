@@ -100,7 +100,7 @@ def good() -> History:
     history.told["sequence-4"] = ("completed", N + 10)
     history.poisons["poison-1"] = "chaos_loops_for_ever"
     put(history, "poison-1", created("chaos_loops_for_ever"), (ev.RunBlocked(error=ev.Error(**ERROR)), None))
-    history.unreadable, history.letters = {LETTER}, [(*LETTER, "processor")]
+    history.unreadable, history.letters = {LETTER}, [(*LETTER, "anything"), ("ns.results", 0, 3, "poison-1")]
     history.ledger = [
         Execution("sequence-4", ADD, 1, WORKER, LATE),
         Execution("sequence-4", ADD, 1, WORKER + 1, LATE + 15),
@@ -193,7 +193,7 @@ def read_something_twice(history):
 
 
 def lose_a_letter(history):
-    history.letters.clear()
+    history.letters.pop(0)
 
 
 def write_a_letter_twice(history):
@@ -201,7 +201,7 @@ def write_a_letter_twice(history):
 
 
 def bury_a_good_record(history):
-    history.letters.append(("ns.commands", 0, 8, "processor"))
+    history.letters.append(("ns.commands", 0, 8, "sequence-4"))
 
 
 def let_poison_through(history):

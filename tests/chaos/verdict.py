@@ -125,10 +125,11 @@ def readers_see_the_same(history: History) -> Iterator[str]:
 
 
 def letters_are_written_once(history: History) -> Iterator[str]:
-    """Every record that nobody can handle becomes one dead letter, and no other record does."""
+    """Every record that nobody can handle becomes one dead letter, and no other does but what is about a poison run."""
     letters = Counter(letter[:3] for letter in history.letters)
+    poisoned = {letter[:3] for letter in history.letters if letter[3] in history.poisons}
     for place, times in letters.items():
-        if place not in history.unreadable:
+        if place not in history.unreadable | poisoned:
             yield f"{place} became a dead letter"
         elif times > 1:
             yield f"{place} became {times} dead letters"

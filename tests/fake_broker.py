@@ -38,6 +38,9 @@ class FakeBroker:
         self.arrived = threading.Condition(threading.RLock())
         self._topics: dict[str, Topic] = {}
 
+    def require(self, acls, timeout=10):
+        pass
+
     def create(self, topics, timeout=30):
         for topic in topics:
             self._topics.setdefault(topic.name, topic)

@@ -19,7 +19,8 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
@@ -45,7 +46,6 @@ SETTINGS = {
     "node.id": "1",
     "process.roles": "broker,controller",
     # The broker speaks to itself over PLAINTEXT: a container's mapped port does not exist inside of it.
-    "listener.security.protocol.map": "HOST:PLAINTEXT,PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
     "inter.broker.listener.name": "PLAINTEXT",
     "controller.listener.names": "CONTROLLER",
     "offsets.topic.replication.factor": "1",
@@ -65,14 +65,61 @@ SETTINGS = {
 }
 
 
+class Listeners(NamedTuple):
+    """What clients connect to.
+
+    Attributes:
+        protocols: the security protocol of each, by name: capital letters. The first one's address is ``bootstrap``.
+        settings: what the broker needs for them.
+        client: librdkafka's properties for asking on the first one whether the broker is ready.
+    """
+
+    protocols: Mapping[str, str]
+    settings: Mapping[str, str] = MappingProxyType({})
+    client: Mapping[str, str] = MappingProxyType({})
+
+    def configured(
+        self, bound: Mapping[str, str], addresses: Mapping[str, str], inner: str, controller: str
+    ) -> Settings:
+        """The broker's settings.
+
+        Args:
+            bound: ``host:port`` that each listens on, as the broker sees it.
+            addresses: as clients see it.
+            inner: ``host:port`` on which the broker speaks to itself.
+            controller: the same for its controller.
+        """
+        return {
+            **SETTINGS,
+            **self.settings,
+            "listener.security.protocol.map": ",".join(
+                f"{name}:{protocol}"
+                for name, protocol in {**self.protocols, "PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT"}.items()
+            ),
+            "listeners": _joined({**bound, "PLAINTEXT": inner, "CONTROLLER": controller}),
+            "advertised.listeners": _joined({**addresses, "PLAINTEXT": inner}),
+            "controller.quorum.voters": f"1@{controller}",
+        }
+
+
+def _joined(addresses: Mapping[str, str]) -> str:
+    return ",".join(f"{name}://{address}" for name, address in addresses.items())
+
+
+Settings = dict[str, str]
+OPEN = Listeners({"HOST": "PLAINTEXT"})
+"""Anybody may do anything."""
+
+
 class Unavailable(Exception):
     """This way to a broker does not exist here; the message says why."""
 
 
 class KafkaCluster(Protocol):
-    """A broker of the tests' own. Its address outlives `kill` and `restart`."""
+    """A broker of the tests' own. Its addresses, of each listener by name, outlive `kill` and `restart`."""
 
     bootstrap: str
+    addresses: Mapping[str, str]
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -97,9 +144,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def wait_ready(bootstrap: str, ended: Callable[[], str | None], timeout: float = 90) -> None:
+def wait_ready(
+    bootstrap: str, ended: Callable[[], str | None], client: Mapping[str, str] = OPEN.client, timeout: float = 90
+) -> None:
     """Until the broker answers; raises `Unavailable` when it ``ended`` (with what it said) or takes too long."""
-    admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0, "reconnect.backoff.max.ms": 200})
+    admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0, "reconnect.backoff.max.ms": 200, **client})
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -117,7 +166,7 @@ def wait_ready(bootstrap: str, ended: Callable[[], str | None], timeout: float =
 class ContainerKafka:
     """A broker in a container, by Testcontainers."""
 
-    def __init__(self, settings: Mapping[str, str]) -> None:
+    def __init__(self, listeners: Listeners) -> None:
         # Ryuk is another image from a registry; whoever starts a broker stops it.
         os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
         import docker
@@ -131,30 +180,31 @@ class ContainerKafka:
                 engine.close()
         except Exception as error:
             raise Unavailable(f"no Docker engine answers ({error})") from error
-        port = free_port()
-        self.bootstrap = f"127.0.0.1:{port}"
-        settings = (
-            SETTINGS
-            | dict(settings)
-            | {
-                "listeners": "HOST://:9092,PLAINTEXT://localhost:19092,CONTROLLER://localhost:9093",
-                "advertised.listeners": f"HOST://{self.bootstrap},PLAINTEXT://localhost:19092",
-                "controller.quorum.voters": "1@localhost:9093",
-            }
-        )
+        self._listeners = listeners
+        self.addresses = {name: f"127.0.0.1:{free_port()}" for name in listeners.protocols}
+        self.bootstrap = next(iter(self.addresses.values()))
+        inside = {name: 9100 + n for n, name in enumerate(self.addresses)}
+        bound = {name: f":{port}" for name, port in inside.items()}
+        settings = listeners.configured(bound, self.addresses, "localhost:19092", "localhost:9093")
         self._container: DockerContainer = DockerContainer(IMAGE).with_env("KAFKA_HEAP_OPTS", "-Xms256m -Xmx512m")
-        self._container.ports["9092/tcp"] = ("127.0.0.1", port)  # type: ignore[assignment]
+        for name, address in self.addresses.items():
+            outside = ("127.0.0.1", int(address.rpartition(":")[2]))
+            self._container.ports[f"{inside[name]}/tcp"] = outside  # type: ignore[assignment]
         for name, value in settings.items():
-            self._container.with_env("KAFKA_" + name.upper().replace(".", "_"), value)
+            variable = name.upper().replace("_", "__").replace("-", "___").replace(".", "_")
+            self._container.with_env(f"KAFKA_{variable}", value)
         try:
             self._container.start()
-            wait_ready(self.bootstrap, self._ended)
+            self._wait_ready()
         except Unavailable:
             self.stop()
             raise
         except Exception as error:
             self.stop()
             raise Unavailable(f"the image {IMAGE} does not start ({error})") from error
+
+    def _wait_ready(self) -> None:
+        wait_ready(self.bootstrap, self._ended, self._listeners.client)
 
     def _ended(self) -> str | None:
         box = self._container.get_wrapped_container()
@@ -168,7 +218,7 @@ class ContainerKafka:
 
     def restart(self) -> None:
         self._container.get_wrapped_container().start()
-        wait_ready(self.bootstrap, self._ended)
+        self._wait_ready()
 
     def pause(self) -> None:
         self._container.get_wrapped_container().pause()
@@ -184,24 +234,16 @@ class ContainerKafka:
 class ProcessKafka:
     """A broker as a child process; its jars come from Maven, once, into ``.kafka``."""
 
-    def __init__(self, settings: Mapping[str, str]) -> None:
+    def __init__(self, listeners: Listeners) -> None:
         self._java = find_java()
         libraries = fetch_jars()
         self._folder = Path(tempfile.mkdtemp(prefix="durably-kafka-"))
-        self.bootstrap = f"127.0.0.1:{free_port()}"
-        internal, controller = free_port(), free_port()
-        settings = (
-            SETTINGS
-            | dict(settings)
-            | {
-                "listeners": (
-                    f"HOST://{self.bootstrap},PLAINTEXT://127.0.0.1:{internal},CONTROLLER://127.0.0.1:{controller}"
-                ),
-                "advertised.listeners": f"HOST://{self.bootstrap},PLAINTEXT://127.0.0.1:{internal}",
-                "controller.quorum.voters": f"1@127.0.0.1:{controller}",
-                "log.dirs": str(self._folder / "data"),
-            }
-        )
+        self._listeners = listeners
+        self.addresses = {name: f"127.0.0.1:{free_port()}" for name in listeners.protocols}
+        self.bootstrap = next(iter(self.addresses.values()))
+        inner, controller = (f"127.0.0.1:{free_port()}" for _ in range(2))
+        settings = listeners.configured(self.addresses, self.addresses, inner, controller)
+        settings["log.dirs"] = str(self._folder / "data")
         properties = self._folder / "server.properties"
         properties.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
         run = [self._java, "-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "-cp", f"{libraries}/*"]
@@ -216,7 +258,7 @@ class ProcessKafka:
             raise Unavailable(f"Kafka's storage cannot be formatted: {formatted.stdout}{formatted.stderr}")
         self._process = self._spawn()
         try:
-            wait_ready(self.bootstrap, self._ended)
+            self._wait_ready()
         except Unavailable:
             self.stop()
             raise
@@ -224,6 +266,9 @@ class ProcessKafka:
     def _spawn(self) -> subprocess.Popen[bytes]:
         with (self._folder / "broker.log").open("ab") as log:
             return subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder)
+
+    def _wait_ready(self) -> None:
+        wait_ready(self.bootstrap, self._ended, self._listeners.client)
 
     def _ended(self) -> str | None:
         if self._process.poll() is None:
@@ -236,7 +281,7 @@ class ProcessKafka:
 
     def restart(self) -> None:
         self._process = self._spawn()
-        wait_ready(self.bootstrap, self._ended)
+        self._wait_ready()
 
     def pause(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
@@ -301,19 +346,19 @@ def fetch_jars() -> Path:
     return libraries
 
 
-def start(settings: Mapping[str, str] | None = None) -> KafkaCluster:
-    """A broker of the caller's own; ``settings`` beside `SETTINGS`.
+def start(listeners: Listeners = OPEN) -> KafkaCluster:
+    """A broker of the caller's own.
 
     Raises:
         Unavailable: there is no way to one; the message says what to install.
     """
-    ways: dict[str, Callable[[Mapping[str, str]], KafkaCluster]] = {"docker": ContainerKafka, "java": ProcessKafka}
+    ways: dict[str, Callable[[Listeners], KafkaCluster]] = {"docker": ContainerKafka, "java": ProcessKafka}
     only = os.environ.get("DURABLY_TEST_KAFKA_VIA")
     reasons = []
     for name, way in ways.items():
         if only in {None, "", name}:
             try:
-                return way(settings or {})
+                return way(listeners)
             except Unavailable as error:
                 reasons.append(f"{name}: {error}")
     raise Unavailable("\n".join([REMEDY, *reasons]))

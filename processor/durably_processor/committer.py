@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from durably.broker.port import TP, Broker, Committed, Producer, Transactions
-from durably.errors import BrokerError, Fenced
+from durably.errors import AccessDenied, BrokerError, Fenced
 from durably_schemas import Catalogue, Codec
 from durably_schemas.records import Reply, ReplyTo
 
@@ -298,6 +298,8 @@ class Committer:
                     raise BrokerError(f"step-requests are not acknowledged within {COMMIT_BOUND} s")
                 time.sleep(0.0002)
             if dispatch.error is not None:
+                if isinstance(dispatch.error, AccessDenied):
+                    raise dispatch.error
                 raise BrokerError(f"a step-request could not be written: {dispatch.error}") from dispatch.error
 
     def _apply(self, part: Part, checkpoints: Changes) -> None:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import IO
 
 from durably.authoring import Registry
+from durably.broker.acl import required_acls
 from durably.broker.port import TP, Broker, Consumer, Producer
-from durably.errors import BrokerError, ConfigurationError
+from durably.errors import AccessDenied, BrokerError, ConfigurationError
 from durably_schemas import Catalogue, Codec
 
 from durably_processor.committer import Committer, dispatch, owned, owner_of, released
@@ -71,6 +72,7 @@ class Processor:
 
     Raises (from `run`):
         ConfigurationError: topics are missing or do not fit, or the data directory is in use.
+        AccessDenied: the broker does not let it in, or its ACLs do not let it do its work.
         BrokerError: what does not heal by itself.
     """
 
@@ -187,7 +189,7 @@ class Processor:
             self._distrust(f"{e} could not be handled")
         except StoreDamaged as e:
             self._rebuild(e)
-        except ConfigurationError:
+        except (ConfigurationError, AccessDenied):
             raise
         except BrokerError as e:
             self._distrust(str(e))
@@ -212,6 +214,8 @@ class Processor:
     def _healthy_committer(self) -> Committer:
         committer = self._committer
         if committer is not None and committer.error is not None:
+            if isinstance(committer.error, AccessDenied):
+                raise committer.error
             if time.monotonic() - self._failed_at < FAILING:
                 self._stop.wait(RETRY)
             self._failed_at = time.monotonic()
@@ -407,22 +411,15 @@ class Processor:
         return frozenset(name.removeprefix(prefix) for name in self._broker.topics() if name.startswith(prefix))
 
     def _check_topics(self) -> None:
+        self._broker.require(required_acls("processor", self._catalogue))
         names = [*self._inputs, self._catalogue.events, self._catalogue.snapshots]
-        found = self._broker.describe(
-            [
-                *names,
-                self._catalogue.runs,
-                self._catalogue.replies,
-                self._catalogue.streams,
-                self._catalogue.dead_letters,
-            ]
-        )
-        missing = [t.name for t in self._catalogue.topics(()) if t.name not in found]
+        found = {topic.name: self._broker.partitions(topic.name) for topic in self._catalogue.topics(())}
+        missing = [name for name, count in found.items() if not count]
         if missing:
             raise ConfigurationError(
                 f"topics are missing: {', '.join(missing)}: create them with `durably topics create`"
             )
-        wrong = {name: found[name].partitions for name in names if found[name].partitions != self._catalogue.partitions}
+        wrong = {name: found[name] for name in names if found[name] != self._catalogue.partitions}
         if wrong:
             listed = ", ".join(f"{name} has {n}" for name, n in wrong.items())
             raise ConfigurationError(

@@ -9,6 +9,7 @@ from durably.authoring import Backoff, StepDefinition, WorkflowDefinition, step,
 from durably.cancellation import step_cancelled
 from durably.children import ChildRun
 from durably.errors import (
+    AccessDenied,
     BrokerError,
     BrokerUnreachable,
     ConfigurationError,
@@ -65,6 +66,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AccessDenied",
     "AsyncClient",
     "AsyncRun",
     "Backoff",

@@ -319,6 +319,20 @@ def load_module(spec: str) -> ModuleType:
     return module
 
 
+def load_object(spec: str, setting: str, example: str) -> Any:
+    """What a setting names as ``module:object``; a class is called. Raises `ConfigurationError`, which names the setting."""
+    module, _, name = spec.partition(":")
+    try:
+        found = getattr(load_module(module), name)
+        return found() if isinstance(found, type) else found
+    except ConfigurationError:
+        raise
+    except Exception as e:
+        raise ConfigurationError(
+            f"{setting} names {spec!r}: {type(e).__name__}: {e}; write module:object, such as {example}"
+        ) from e
+
+
 def _place(fn: Callable[..., Any]) -> str:
     return f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', repr(fn))}"
 

@@ -21,6 +21,7 @@ DurablyError
 ├── ConfigurationError          a setting, URL, module or topic is not as it must be
 └── BrokerError                 Kafka, or the embedded broker, did not do as asked
     ├── BrokerUnreachable       nobody answers
+    ├── AccessDenied            the broker does not know the user, or does not grant it that
     ├── Fenced                  another process is the owner now
     ├── RecordTooLarge          a record is larger than its topic takes
     └── UnknownTopic            a topic is missing
@@ -187,6 +188,10 @@ class BrokerError(DurablyError):
 
 class BrokerUnreachable(BrokerError):
     """Nobody answers at this address."""
+
+
+class AccessDenied(BrokerError):
+    """The broker does not know the user, or its ACLs do not grant what was asked; the message has what to add."""
 
 
 class Fenced(BrokerError):

@@ -251,22 +251,11 @@ def from_setting(setting: str) -> list[PayloadCodec]:
     Raises:
         ConfigurationError: a module cannot be imported, or has no such object.
     """
-    from durably.authoring import load_module
+    from durably.authoring import load_object
 
-    codecs: list[PayloadCodec] = []
-    for spec in filter(None, (part.strip() for part in setting.split(","))):
-        module, _, name = spec.partition(":")
-        try:
-            found: Any = getattr(load_module(module), name)
-            codecs.append(found() if isinstance(found, type) else found)
-        except ConfigurationError:
-            raise
-        except Exception as e:
-            raise ConfigurationError(
-                f"{SETTING} names {spec!r}: {type(e).__name__}: {e}; write module:object, such as "
-                f"durably.payload_codec:Gzip"
-            ) from e
-    return codecs
+    example = "durably.payload_codec:Gzip"
+    specs = filter(None, (part.strip() for part in setting.split(",")))
+    return [load_object(spec, SETTING, example) for spec in specs]
 
 
 def decode(payload: Payload) -> Payload:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import checker
+import kafka_cluster
 from durably_schemas.records import TERMINAL
 from fault_proxy import FaultProxy
 from installation import SESSION, Installation
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 WORKFLOWS = Path(__file__).with_name("workflows.py")
 SABOTAGED = Path(__file__).with_name("sabotaged.py")
-BROKER = {"broker.session.timeout.ms": "6000", "broker.heartbeat.interval.ms": "1000"}
+BROKER = kafka_cluster.OPEN._replace(
+    settings={"broker.session.timeout.ms": "6000", "broker.heartbeat.interval.ms": "1000"}
+)
 """So that a broker on a busy machine does not count itself as dead; it takes as long to come back from a SIGKILL."""
 QUIET = 180.0
 """Seconds without the end of any run, after the last fault, for which one waits for the next."""

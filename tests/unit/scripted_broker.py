@@ -87,6 +87,9 @@ class ScriptedBroker:
     def topics(self, timeout=30.0):
         return list(self.states)
 
+    def require(self, acls, timeout=10.0):
+        pass
+
     def create(self, topics, timeout=30.0):
         for topic in topics:
             self.states.setdefault(topic.name, TopicState(topic.partitions, topic.config))

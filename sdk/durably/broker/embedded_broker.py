@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from durably_schemas.catalogue import Topic
 
+    from durably.broker.acl import Acl
     from durably.broker.embedded_group import Coordinator, Group
     from durably.broker.embedded_log import Log, Partition
     from durably.broker.port import End, Headers, Listener, Message, OnAck, TopicState
@@ -452,6 +453,9 @@ class EmbeddedBroker:
     def topics(self, timeout: float = 30) -> list[str]:  # noqa: ARG002
         """As `Broker.topics`."""
         return sorted(self._log.topics)
+
+    def require(self, acls: Iterable[Acl], timeout: float = 10) -> None:
+        """As `Broker.require`: who reaches the folder may do everything."""
 
     def create(self, topics: Iterable[Topic], timeout: float = 30) -> None:  # noqa: ARG002
         """As `Broker.create`."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from durably_schemas.catalogue import Topic
 
+    from durably.broker.acl import Acl
     from durably.broker.port import Consumer, Headers, Listener, OnAck, Transactions
 
 # Records that may be unacknowledged before a send waits. Few enough that their answers always fit into the socket's
@@ -250,6 +251,9 @@ class RemoteBroker:
     def topics(self, timeout: float = 30) -> list[str]:  # noqa: ARG002
         """As `Broker.topics`."""
         return list(self._ask("topics"))
+
+    def require(self, acls: Iterable[Acl], timeout: float = 10) -> None:
+        """As `Broker.require`: who reaches the folder may do everything."""
 
     def create(self, topics: Iterable[Topic], timeout: float = 30) -> None:  # noqa: ARG002
         """As `Broker.create`."""

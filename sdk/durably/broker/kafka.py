@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import confluent_kafka as ck
 from confluent_kafka import (
@@ -17,15 +17,30 @@ from confluent_kafka import (
     TopicPartition,
 )
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # it re-exports them without saying so
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
     AdminClient,
     ConfigResource,
     NewTopic,
     OffsetSpec,
+    ResourcePatternType,
+    ResourceType,
 )
+from msgspec.structs import replace
 
+from durably.broker.acl import Acl, denied
 from durably.broker.kafka_properties import KafkaProperties, log
 from durably.broker.port import TP, Committed, End, Message, TopicState
-from durably.errors import BrokerError, BrokerUnreachable, Fenced, RecordTooLarge, UnknownTopic
+from durably.errors import (
+    AccessDenied,
+    BrokerError,
+    BrokerUnreachable,
+    ConfigurationError,
+    Fenced,
+    RecordTooLarge,
+    UnknownTopic,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,10 +48,17 @@ if TYPE_CHECKING:
 
     from durably_schemas.catalogue import Topic
 
+    from durably.broker.acl import Operation, Resource
     from durably.broker.port import Headers, Listener, OnAck
+
+H = TypeVar("H")
 
 UNREACHABLE_AFTER = 10.0
 """Seconds after which a broker that answers no question about its topics counts as unreachable."""
+LASTING = 10.0
+"""Seconds after which a refusal of who we are, each time we connect, ends reading: a restart of a broker takes less."""
+_AGAIN = 5.0  # seconds; librdkafka connects again after one at most, so a refusal that is older was the last
+_TICK = 0.05  # seconds between two looks at whether we are refused
 LET_GO = 5.0
 """Seconds that closing a handle may take when the broker does not answer."""
 
@@ -55,11 +77,17 @@ _NO_TOPIC = {
     KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION,
     KafkaError.UNKNOWN_TOPIC_ID,
 }  # fmt: skip
-_REFUSED = {
-    KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED, KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
-    KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError._AUTHENTICATION, KafkaError._SSL,
+# Who we say we are is not believed, or we do not believe the broker. After these librdkafka tries again for ever.
+_UNKNOWN_USER = {
+    KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.ILLEGAL_SASL_STATE,
+    KafkaError._AUTHENTICATION, KafkaError._SSL,
 }  # fmt: skip
+_DENIED: dict[int, Resource] = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: "topic",
+    KafkaError.GROUP_AUTHORIZATION_FAILED: "group",
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED: "transactional-id",
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED: "cluster",
+}
 # What heals by itself while one goes on polling. _MAX_POLL_EXCEEDED is followed by on_lost and a new assignment.
 _PASSING = _SILENT | {
     KafkaError._MAX_POLL_EXCEEDED, KafkaError._WAIT_COORD, KafkaError.COORDINATOR_NOT_AVAILABLE,
@@ -72,6 +100,20 @@ _LEADERSHIP = {
     KafkaError.UNKNOWN_LEADER_EPOCH, KafkaError._TRANSPORT, KafkaError.REPLICA_NOT_AVAILABLE,
 }  # fmt: skip
 
+_OPERATIONS: dict[Operation, AclOperation] = {
+    "Alter": AclOperation.ALTER,
+    "Create": AclOperation.CREATE,
+    "Describe": AclOperation.DESCRIBE,
+    "DescribeConfigs": AclOperation.DESCRIBE_CONFIGS,
+    "Read": AclOperation.READ,
+    "Write": AclOperation.WRITE,
+}
+_RESOURCES: dict[Resource, ResourceType] = {
+    "topic": ResourceType.TOPIC,
+    "group": ResourceType.GROUP,
+    "transactional-id": ResourceType.TRANSACTIONAL_ID,
+    "cluster": ResourceType.BROKER,  # so librdkafka calls the cluster
+}
 _LATEST: OffsetSpec = OffsetSpec.latest()  # type: ignore[no-untyped-call]
 _EARLIEST: OffsetSpec = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 
@@ -89,19 +131,54 @@ def _offsets(offsets: Mapping[TP, Committed]) -> list[TopicPartition]:
 
 
 class _Errors:
-    """Turns librdkafka's errors into ours."""
+    """Turns librdkafka's errors into ours. One for all handles of a connection: they are the same user."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, user: str, principal: str) -> None:
         self.address = address
+        self.principal = principal
+        self._user = user
+        self._refusal: KafkaError | None = None
+        self._first = self._last = 0.0  # when the refusals in a row were heard
 
-    def of(self, error: KafkaError, doing: str) -> BrokerError:
-        """Ours for one of librdkafka's; ``doing`` completes "while ..."."""
+    def heard(self, error: KafkaError) -> None:
+        """The ``error_cb`` of every handle: what no call of it raises, lost connections above all."""
+        log.warning("%s", error.str())
+        # A server that wants no client without a certificate says so by an alert.
+        if error.code() in _UNKNOWN_USER or "SSL routines" in error.str():
+            now = time.monotonic()
+            if now - self._last > _AGAIN:
+                self._first = now
+            self._refusal, self._last = error, now
+
+    def check_refusal(self, since: float) -> None:
+        """Raises `AccessDenied` where the last thing heard, after ``since``, is that we are not let in."""
+        if self._refusal is not None and self._last > max(since, time.monotonic() - _AGAIN):
+            raise self._unknown(self._refusal)
+
+    def check_lasting(self) -> None:
+        """Raises `AccessDenied` where we have not been let in for a long time."""
+        if self._last - self._first > LASTING:
+            self.check_refusal(self._first)
+
+    def of(self, error: KafkaError, doing: str, operation: Operation = "Read", name: str = "") -> BrokerError:
+        """Ours for one of librdkafka's.
+
+        Args:
+            error: what it says.
+            doing: completes "while ...".
+            operation: what was asked for, where the answer is that it is not granted.
+            name: of the topic, group or transactional id.
+        """
         code, said = error.code(), f"{error.str()} [{error.name()}]"
         if code in _FENCED:
             fenced = Fenced(f"another process took over while {doing}, which did not happen: {said}")
             fenced.stale = code in _STALE
             return fenced
         if code in _SILENT:
+            try:
+                self.check_refusal(0)
+            except AccessDenied as refusal:
+                return refusal
             return BrokerUnreachable(
                 f"no answer from Kafka at {self.address} while {doing}: check that it runs there, that this machine "
                 f"reaches it, and its security settings ({said})"
@@ -116,21 +193,28 @@ class _Errors:
                 f"a topic or partition is missing at {self.address} while {doing}: create it with "
                 f"'durably topics create' ({said})"
             )
-        if code in _REFUSED:
-            return BrokerError(
-                f"Kafka at {self.address} refuses {doing}: check the user, its password or certificate, and its ACLs "
-                f"({said})"
+        if code in _UNKNOWN_USER:
+            return self._unknown(error)
+        if code in _DENIED and (name or _DENIED[code] == "cluster"):
+            acl = Acl(principal=self.principal, operation=operation, resource=_DENIED[code], name=name)
+            return denied([acl], self.address)
+        if code in _DENIED:
+            return AccessDenied(
+                f"Kafka at {self.address} does not grant {self.principal} {doing}: give it the ACLs of its role, with "
+                f"`durably acls --role ROLE --principal {self.principal} --apply` ({said})"
             )
         return BrokerError(f"Kafka at {self.address} failed while {doing}: {said}")
 
-    def raised(self, error: KafkaException, doing: str) -> BrokerError:
+    def raised(self, error: KafkaException, doing: str, operation: Operation = "Read", name: str = "") -> BrokerError:
         """Ours for an exception of the client."""
-        return self.of(error.args[0], doing)
+        return self.of(error.args[0], doing, operation, name)
 
-
-def _quiet(error: KafkaError) -> None:
-    # A handle's errors that no call of it raises: lost connections above all. What lasts fails a call.
-    log.warning("%s", error.str())
+    def _unknown(self, error: KafkaError) -> AccessDenied:
+        return AccessDenied(
+            f"Kafka at {self.address} and {self._user} do not come together: check the Kafka properties "
+            f"security.protocol, sasl.* and ssl.*, which are DURABLY_KAFKA_SECURITY_PROTOCOL and so on in the "
+            f"environment ({error.str()} [{error.name()}])"
+        )
 
 
 def _bounded(close: Callable[[], object], what: str) -> None:
@@ -158,7 +242,7 @@ class _Producing:
         self._errors = broker.errors
         self._known: set[str] = set()
         self._closed = False
-        self._client = ck.Producer({**properties, "error_cb": _quiet})
+        self._client = broker.handle(ck.Producer, properties)
 
     def send(
         self,
@@ -186,7 +270,7 @@ class _Producing:
                     offset = record.offset()
                     told(None, -1 if offset is None else offset)
                 else:
-                    told(errors.of(error, f"writing to {topic}"), -1)
+                    told(errors.of(error, f"writing to {topic}", "Write", topic), -1)
 
         try:
             self._client.produce(
@@ -198,14 +282,14 @@ class _Producing:
                 headers=list(headers) if headers else None,
             )
         except KafkaException as error:
-            raise self._failure(error, f"writing to {topic}") from error
+            raise self._failure(error, f"writing to {topic}", topic) from error
         except BufferError as error:
             raise BrokerError(
                 f"Kafka at {self._broker.address} takes records more slowly than they come: 1 GB of them waits"
             ) from error
 
-    def _failure(self, error: KafkaException, doing: str) -> BrokerError:
-        return self._errors.raised(error, doing)
+    def _failure(self, error: KafkaException, doing: str, name: str = "") -> BrokerError:
+        return self._errors.raised(error, doing, "Write", name)
 
 
 class KafkaProducer(_Producing):
@@ -240,9 +324,12 @@ class KafkaTransactions(_Producing):
         self._id = transactional_id
         self._first: BrokerError | None = None
 
-    def _failure(self, error: KafkaException, doing: str) -> BrokerError:
+    def _failure(self, error: KafkaException, doing: str, name: str = "") -> BrokerError:
+        self._client.poll(0)  # what was heard meanwhile
+        if error.args[0].code() == KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED:
+            name = self._id
         # After a fatal error every call answers _FATAL; the first one says what it was.
-        failure = self._errors.raised(error, f"{doing} as {self._id!r}")
+        failure = self._errors.raised(error, f"{doing} as {self._id!r}", "Write", name)
         if error.args[0].code() == KafkaError._FATAL and self._first is not None:
             return type(self._first)(*self._first.args)
         if error.args[0].fatal():
@@ -297,10 +384,13 @@ class KafkaTransactions(_Producing):
 class _Reading:
     """What consumers and readers share: taking records."""
 
+    _passing = _PASSING
+
     def __init__(self, broker: KafkaBroker, properties: dict[str, Any]) -> None:
         self._errors = broker.errors
         self._raise_next: BrokerError | None = None
-        self._client = ck.Consumer({**properties, "error_cb": _quiet})
+        self._group = properties["group.id"]
+        self._client = broker.handle(ck.Consumer, properties)
 
     def _take(self, timeout: float, limit: int) -> list[Message | End]:
         if self._raise_next is not None:
@@ -310,6 +400,7 @@ class _Reading:
             # consume(n, t) would wait for all n, or for all of t.
             first = self._client.poll(timeout)
             if first is None:
+                self._errors.check_lasting()
                 return []
             records = [first, *self._client.consume(limit - 1, 0)] if limit > 1 else [first]
         except KafkaException as error:
@@ -336,10 +427,13 @@ class _Reading:
                 )
             elif problem.code() == KafkaError._PARTITION_EOF:
                 taken.append(new(End, (record.topic(), record.partition(), record.offset())))
-            elif problem.code() in _PASSING and not problem.fatal():
+            elif problem.code() in self._passing and not problem.fatal():
                 log.warning("%s", problem.str())
+            elif problem.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+                self._raise_next = self._errors.of(problem, f"joining group {self._group!r}", "Read", self._group)
             else:
-                self._raise_next = self._errors.of(problem, f"reading {record.topic() or 'a topic'}")
+                topic = record.topic()
+                self._raise_next = self._errors.of(problem, f"reading {topic or 'a topic'}", "Read", topic or "")
         if self._raise_next is not None and not taken:
             failure, self._raise_next = self._raise_next, None
             raise failure
@@ -355,17 +449,17 @@ class _Reading:
 
 
 def _committed(
-    client: ck.Consumer, tps: Iterable[TP], timeout: float, errors: _Errors, doing: str
+    client: ck.Consumer, tps: Iterable[TP], timeout: float, errors: _Errors, doing: str, group: str
 ) -> dict[TP, Committed]:
     """What a group has committed; of open transactions too, unless the client reads committed records only (KIP-447)."""
     try:
         found = client.committed(_kafka(tps), timeout)
     except KafkaException as error:
-        raise errors.raised(error, doing) from error
+        raise errors.raised(error, doing, "Read", group) from error
     answer = {}
     for tp in found:
         if tp.error is not None:
-            raise errors.of(tp.error, doing)
+            raise errors.of(tp.error, doing, "Read", group)
         answer[TP(tp.topic, tp.partition)] = Committed(max(tp.offset, -1), tp.metadata or "")
     return answer
 
@@ -385,7 +479,6 @@ class KafkaConsumer(_Reading):
         instance_id: str | None,
     ) -> None:
         super().__init__(broker, broker.properties.consumer(group, instance_id))
-        self._group = group
         self._topics = (topic, *companions)
         self._listener = listener
         self._paused = paused
@@ -440,7 +533,7 @@ class KafkaConsumer(_Reading):
     def committed(self, tps: Iterable[TP], timeout: float) -> dict[TP, Committed]:
         """See `Consumer.committed`. With read_committed librdkafka asks for stable offsets (KIP-447)."""
         doing = f"reading the offsets of group {self._group!r}, or a transaction is still open"
-        return _committed(self._client, tps, timeout, self._errors, doing)
+        return _committed(self._client, tps, timeout, self._errors, doing, self._group)
 
     def rewind(self, positions: Mapping[TP, int]) -> None:
         """See `Consumer.rewind`."""
@@ -476,10 +569,10 @@ class KafkaConsumer(_Reading):
                 return
             done = self._client.commit(offsets=_offsets(offsets), asynchronous=False)
         except KafkaException as error:
-            raise self._errors.raised(error, doing) from error
+            raise self._errors.raised(error, doing, "Read", self._group) from error
         for tp in done:
             if tp.error is not None:
-                raise self._errors.of(tp.error, doing)
+                raise self._errors.of(tp.error, doing, "Read", self._group)
 
     def close(self) -> None:
         """See `Consumer.close`."""
@@ -493,6 +586,9 @@ class KafkaConsumer(_Reading):
 
 class KafkaReader(_Reading):
     """Reads given partitions."""
+
+    # It joins no group; librdkafka asks for the coordinator of the one whose name it wants all the same.
+    _passing = _PASSING | {KafkaError.GROUP_AUTHORIZATION_FAILED}
 
     def __init__(self, broker: KafkaBroker, positions: Mapping[TP, int], *, committed: bool) -> None:
         super().__init__(broker, broker.properties.reader(committed=committed))
@@ -533,19 +629,46 @@ class KafkaBroker:
         self.address = self.properties.address
         self.url = f"kafka://{self.address}"
         self.max_record_bytes = self.properties.max_record_bytes
-        self.errors = _Errors(self.address)
+        self.errors = _Errors(self.address, self.properties.user, self.properties.principal)
         self._counts: dict[str, int] = {}
-        self._admin = AdminClient(self.properties.admin() | {"error_cb": _quiet})
+        self._admin = self.handle(AdminClient, self.properties.admin())
+
+    def handle(self, kind: Callable[[dict[str, Any]], H], properties: dict[str, Any]) -> H:
+        """One of librdkafka's.
+
+        Raises:
+            ConfigurationError: a property that it refuses, such as a file that is not there.
+            AccessDenied: no token could be had.
+        """
+        try:
+            return kind({**properties, "error_cb": self.errors.heard})
+        except KafkaException as error:
+            if error.args[0].code() in _UNKNOWN_USER:
+                raise self.errors.raised(error, "asking for a token") from error
+            raise ConfigurationError(
+                f"the Kafka properties cannot be used, {error.args[0].str()}: correct them, or the variables "
+                f"DURABLY_KAFKA_* that they come from"
+            ) from error
 
     def missing(self, topic: str) -> UnknownTopic:
         """The error for a topic that does not exist."""
         return UnknownTopic(f"topic {topic!r} does not exist at {self.address}: create it with 'durably topics create'")
 
-    def _done(self, future: Future[Any], doing: str) -> Any:
+    def _answer(self, future: Future[Any]) -> Any:
+        """What the admin client answers. Raises `AccessDenied` as soon as we are not let in, where it would try on."""
+        since = time.monotonic()
+        while True:
+            try:
+                return future.result(_TICK)
+            except TimeoutError:
+                self._admin.poll(0)  # nobody else hears what it has to say
+                self.errors.check_refusal(since)
+
+    def _done(self, future: Future[Any], doing: str, operation: Operation = "Describe", name: str = "") -> Any:
         try:
-            return future.result()
+            return self._answer(future)
         except KafkaException as error:
-            raise self.errors.raised(error, doing) from error
+            raise self.errors.raised(error, doing, operation, name) from error
 
     def producer(self) -> KafkaProducer:
         """See `Broker.producer`."""
@@ -586,10 +709,11 @@ class KafkaBroker:
             )
             for tp, future in futures.items():
                 try:
-                    found[TP(tp.topic, tp.partition)] = future.result().offset
+                    found[TP(tp.topic, tp.partition)] = self._answer(future).offset
                 except KafkaException as error:
                     if error.args[0].code() not in _LEADERSHIP or time.monotonic() > deadline:
-                        raise self.errors.raised(error, f"asking for the offsets of {tp.topic}") from error
+                        doing = f"asking for the offsets of {tp.topic}"
+                        raise self.errors.raised(error, doing, "Describe", tp.topic) from error
             left -= found.keys()
             if left:
                 time.sleep(0.05)
@@ -619,16 +743,16 @@ class KafkaBroker:
     def identity(self, topic: str, timeout: float = 10) -> str:
         """See `Broker.identity`: Kafka's topic id (KIP-516)."""
         future = self._admin.describe_topics(TopicCollection([topic]), request_timeout=min(timeout, UNREACHABLE_AFTER))
-        uuid = self._done(future[topic], f"asking about topic {topic}").topic_id
+        uuid = self._done(future[topic], f"asking about topic {topic}", name=topic).topic_id
         return f"{uuid.get_most_significant_bits():x}:{uuid.get_least_significant_bits():x}"
 
     def group_metadata_of(self, group: str, tps: Iterable[TP], timeout: float = 30) -> dict[TP, str]:
         """See `Broker.group_metadata_of`."""
         # Not by the admin client: when its request to a coordinator times out, it never recovers, and the answer that
         # comes late ends the process (an assertion in rdkafka_queue.h). A consumer that does not join asks as well.
-        asking = ck.Consumer({**self.properties.reader(committed=False, group=group), "error_cb": _quiet})
+        asking = self.handle(ck.Consumer, self.properties.reader(committed=False, group=group))
         try:
-            found = _committed(asking, tps, timeout, self.errors, f"reading the offsets of group {group!r}")
+            found = _committed(asking, tps, timeout, self.errors, f"reading the offsets of group {group!r}", group)
         finally:
             asking.close()
         return {tp: committed.metadata for tp, committed in found.items()}
@@ -640,7 +764,7 @@ class KafkaBroker:
         counts = {}
         for name, future in futures.items():
             try:
-                counts[name] = len(self._done(future, f"asking about topic {name}").partitions)
+                counts[name] = len(self._done(future, f"asking about topic {name}", name=name).partitions)
             except UnknownTopic:
                 continue
         self._counts |= counts
@@ -659,7 +783,9 @@ class KafkaBroker:
                 counts[resource.name],
                 {
                     name: entry.value
-                    for name, entry in self._done(future, f"asking about topic {resource.name}").items()
+                    for name, entry in self._done(
+                        future, f"asking how topic {resource.name} is set", "DescribeConfigs", resource.name
+                    ).items()
                     if entry.value is not None
                 },
             )
@@ -668,10 +794,66 @@ class KafkaBroker:
 
     def topics(self, timeout: float = 30) -> list[str]:
         """See `Broker.topics`."""
+        # The next call hears of nothing until its time is up; this one says at once when we are not let in.
+        asking = self._admin.describe_cluster(request_timeout=min(timeout, UNREACHABLE_AFTER))
+        self._done(asking, "asking for its topics")
         try:
             return sorted(self._admin.list_topics(timeout=min(timeout, UNREACHABLE_AFTER)).topics)
         except KafkaException as error:
             raise self.errors.raised(error, "asking for its topics") from error
+
+    def require(self, acls: Iterable[Acl], timeout: float = 10) -> None:
+        """See `Broker.require`."""
+        wanted = [acl for acl in acls if acl.resource == "topic" and not acl.prefixed]
+        futures = self._admin.describe_topics(
+            TopicCollection(list({acl.name: None for acl in wanted})),
+            include_authorized_operations=True,
+            request_timeout=min(timeout, UNREACHABLE_AFTER),
+        )
+        granted: dict[str, set[AclOperation] | None] = {}
+        for name, future in futures.items():
+            try:
+                found = self._answer(future).authorized_operations
+                granted[name] = None if found is None else set(found)  # None: a broker that does not tell
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                    if error.args[0].code() not in _NO_TOPIC:
+                        raise self.errors.raised(error, f"asking about topic {name}") from error
+                    granted[name] = None
+                else:
+                    granted[name] = set()
+        lacking = [
+            replace(acl, principal=self.properties.principal)
+            for acl in wanted
+            if (operations := granted[acl.name]) is not None and _OPERATIONS[acl.operation] not in operations
+        ]
+        if lacking:
+            raise denied(lacking, self.address)
+
+    def grant(self, acls: Iterable[Acl], timeout: float = 30) -> None:
+        """Adds ACLs; those that exist stay. Raises `BrokerError`: to alter ACLs is for Alter on the cluster."""
+        wanted = [
+            AclBinding(
+                _RESOURCES[acl.resource],
+                acl.name,
+                ResourcePatternType.PREFIXED if acl.prefixed else ResourcePatternType.LITERAL,
+                acl.principal,
+                "*",
+                _OPERATIONS[acl.operation],
+                AclPermissionType.ALLOW,
+            )
+            for acl in acls
+        ]
+        for future in self._admin.create_acls(wanted, request_timeout=timeout).values():
+            try:
+                self._answer(future)
+            except KafkaException as error:
+                if error.args[0].code() == KafkaError.SECURITY_DISABLED:
+                    raise ConfigurationError(
+                        f"Kafka at {self.address} has no authorizer, and lets everybody do everything: set "
+                        f"authorizer.class.name on its brokers and controllers"
+                    ) from error
+                raise self.errors.raised(error, "adding ACLs", "Alter") from error
 
     def create(self, topics: Iterable[Topic], timeout: float = 30) -> None:
         """See `Broker.create`. The replication factor is the broker's ``default.replication.factor``."""
@@ -681,10 +863,10 @@ class KafkaBroker:
             return
         for name, future in self._admin.create_topics(wanted, request_timeout=timeout).items():
             try:
-                future.result()
+                self._answer(future)
             except KafkaException as error:
                 if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                    raise self.errors.raised(error, f"creating topic {name}") from error
+                    raise self.errors.raised(error, f"creating topic {name}", "Create", name) from error
         # Metadata names a leader a moment before it leads. A producer that is quick enough would have its first batch
         # refused and its second taken: the broker accepts any sequence number from a producer that it does not know
         # there, and takes the first one's retry for a duplicate. So this waits until every leader answers.

@@ -10,6 +10,7 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any
 
+from durably.broker.acl import OURSELVES
 from durably.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ class KafkaProperties:
 
     Args:
         address: ``host:port``, with further brokers after commas.
-        user: what the user adds or changes.
+        user: what the user adds or changes. ``oauth_cb`` is no property of librdkafka's but ``module:function``: it is
+            called with the text of ``sasl.oauthbearer.config``, and returns a token and when that expires, in seconds
+            since the epoch.
 
     Raises:
         ConfigurationError: an address of another form, or a property that is durably's own.
@@ -101,8 +104,28 @@ class KafkaProperties:
             if name in _OURS and str(value).lower() != _OURS[name]:
                 must = f"it is always {_OURS[name]!r}" if _OURS[name] else "durably sets it"
                 raise ConfigurationError(f"the Kafka property {name!r} cannot be {value!r}: {must}; leave it out")
-        self._user = dict(user)
+        self._user: dict[str, Any] = dict(user)
+        if callback := self._user.pop("oauth.cb", None) or self._user.get("oauth_cb"):
+            from durably.authoring import load_object  # few connections need one
+
+            self._user["oauth_cb"] = load_object(callback, "the Kafka property oauth_cb", "shop.tokens:fetch")
         self.max_record_bytes = self._number("message.max.bytes", MAX_RECORD_BYTES)
+
+    @property
+    def user(self) -> str:
+        """Who connects, and by what, in words."""
+        protocol = str(self._user.get("security.protocol", "plaintext")).upper()
+        if not protocol.startswith("SASL"):
+            return f"its client by {protocol}"
+        mechanism = self._user.get("sasl.mechanism") or self._user.get("sasl.mechanisms") or "GSSAPI"
+        name = self._user.get("sasl.username")
+        return f"{'its client' if name is None else f'user {name!r}'} by {protocol} with {mechanism}"
+
+    @property
+    def principal(self) -> str:
+        """``User:NAME``, where that does not depend on how the brokers map certificates and tokens."""
+        name = self._user.get("sasl.username")
+        return OURSELVES if name is None else f"User:{name}"
 
     def _number(self, name: str, default: int) -> int:
         try:

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 
 from durably_schemas.catalogue import Topic
 
+from durably.broker.acl import Acl
+
 Headers = Sequence[tuple[str, bytes]]
 
 
@@ -236,6 +238,12 @@ class Broker(Protocol):
 
     def topics(self, timeout: float = 30) -> list[str]:
         """The names of all topics."""
+
+    def require(self, acls: Iterable[Acl], timeout: float = 10) -> None:
+        """Raises `AccessDenied`, which names them all, where we are not granted some of these, whoever they name.
+
+        That is told of existing topics by their full names: other resources say so when they are used.
+        """
 
     def create(self, topics: Iterable[Topic], timeout: float = 30) -> None:
         """Creates topics; those that exist stay as they are."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from durably.cli import gateway, health, hooks, processes, runs, start, topics
+from durably.cli import acls, gateway, health, hooks, processes, runs, start, topics
 from durably.cli.shell import command
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ command(app, "gateway")(gateway.gateway)
 command(app, "start")(start.start)
 command(app, "stream")(runs.stream)
 command(app, "health")(health.health)
+command(app, "acls")(acls.acls)
 command(_runs, "list")(runs.list_)
 command(_runs, "show")(runs.show)
 command(_runs, "events")(runs.events)

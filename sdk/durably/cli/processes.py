@@ -110,6 +110,7 @@ def worker(shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concu
     """Runs steps."""
     from durably import payload_codec
     from durably.authoring import load_module, registry
+    from durably.broker.acl import required_acls
     from durably.errors import ConfigurationError
     from durably.worker import Worker
 
@@ -121,7 +122,8 @@ def worker(shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concu
     with shell.broker() as (broker, settings):
         catalogue = settings.catalogue
         needed = [catalogue.results, catalogue.replies, catalogue.streams, *map(catalogue.requests, queues)]
-        missing = [topic for topic in needed if topic not in broker.describe(needed)]
+        broker.require(required_acls("worker", catalogue, queues=queues))
+        missing = [topic for topic in needed if not broker.partitions(topic)]
         if missing:
             options = "".join(f" --queue {queue}" for queue in queues)
             raise ConfigurationError(

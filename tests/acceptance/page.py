@@ -24,7 +24,7 @@ from durably_processor.engine import guards
 
 FENCE = re.compile(r"^```python[ ]*(?P<info>[^\n]*)\n(?P<code>.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 NOT_RUN = "no-run"
-SHOWN = re.compile(r"^[ ]*#>[ ]?(.*)$", re.MULTILINE)
+SHOWN = re.compile(r"^[ ]*#[ ]?>[ ]?(.*)$", re.MULTILINE)
 QUEUE = re.compile(r"""queue=["']([\w.-]+)["']""")
 
 

@@ -60,9 +60,10 @@ def test_a_page_that_is_prose_has_no_code(name: str) -> None:
     assert not PYTHON.search((ROOT / "docs" / name).read_text())
 
 
-def test_a_page_whose_output_is_another_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", ["#>", "# >"])  # the formatter writes the second
+def test_a_page_whose_output_is_another_fails(tmp_path: Path, mark: str) -> None:
     page = tmp_path / "page.md"
-    page.write_text("```python\nprint(1 + 1)\n#> 3\n```\n")
+    page.write_text(f"```python\nprint(1 + 1)\n{mark} 3\n```\n")
     result = run_page(page, tmp_path)
     assert "line 2: printed ['2'], and the page says ['3']" in result.stderr
     assert result.returncode == 1

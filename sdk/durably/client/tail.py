@@ -148,7 +148,7 @@ def follow_events(connection: Connection, run_id: str) -> Iterator[list[Event]]:
     seen = 0
     try:
         while True:
-            events = [e for _, e in tail.poll() if isinstance(e, Event) and e.seq > seen]
+            events = [e for _, e in tail.poll() if isinstance(e, Event) and e.run_id == run_id and e.seq > seen]
             first = events[0].seq if events else seen
             if seen == 0 and start > 0 and (first > 1 or (first == 0 and tail.position(topic) >= end)):
                 # The topic's time is not the brokers', and the search was misled. This topic keeps everything.

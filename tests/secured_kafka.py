@@ -9,7 +9,6 @@ The certificates, of an authority that is made here, last for a day. ``admin`` i
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import ipaddress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +33,7 @@ from cryptography.x509.oid import NameOID
 from durably.broker.kafka import KafkaBroker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from pathlib import Path
 
     from durably.broker.acl import Acl
@@ -95,13 +94,18 @@ def _pem(certificate: x509.Certificate) -> str:
 
 
 class SecuredKafka:
-    """The broker, its authority, and what its users connect with."""
+    """The broker, its authority, and what its users connect with.
+
+    Attributes:
+        admin: a connection of the super user.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.authority = Authority("authority")
         self.cluster = kafka_cluster.start(self._listeners())
         self._admin = AdminClient({"bootstrap.servers": self.cluster.bootstrap, **ADMIN})
+        self.admin = KafkaBroker(self.cluster.bootstrap, ADMIN)
         self._ca = self.file("ca.pem", self.authority.certificate)
 
     def url(self, listener: str = "CLEAR") -> str:
@@ -141,19 +145,9 @@ class SecuredKafka:
             "ssl.key.location": self.file(f"{name}.key", pem.key),
         }
 
-    @contextlib.contextmanager
-    def admin(self) -> Iterator[KafkaBroker]:
-        """A connection of the super user."""
-        broker = KafkaBroker(self.cluster.bootstrap, ADMIN)
-        try:
-            yield broker
-        finally:
-            broker.close()
-
     def grant(self, acls: Iterable[Acl]) -> None:
         """Adds ACLs."""
-        with self.admin() as broker:
-            broker.grant(acls)
+        self.admin.grant(acls)
 
     def revoke(self, acls: Iterable[Acl]) -> None:
         """Removes ACLs."""
@@ -161,7 +155,7 @@ class SecuredKafka:
             AclBindingFilter(
                 ResourceType[acl.resource.upper().replace("-", "_")],
                 acl.name,
-                ResourcePatternType.LITERAL,
+                ResourcePatternType.PREFIXED if acl.prefixed else ResourcePatternType.LITERAL,
                 acl.principal,
                 None,
                 AclOperation[acl.operation.upper()],
@@ -174,6 +168,7 @@ class SecuredKafka:
 
     def stop(self) -> None:
         """Ends it."""
+        self.admin.close()
         self.cluster.stop()
 
     def _listeners(self) -> kafka_cluster.Listeners:

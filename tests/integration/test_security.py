@@ -108,6 +108,7 @@ def oidc() -> Iterator[str]:
             known = said == "olga:olga-secret"
             body = json.dumps({"access_token": token_of("olga")} if known else {"error": "invalid_client"}).encode()
             self.send_response(200 if known else 401)
+            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -127,8 +128,7 @@ def oidc() -> Iterator[str]:
 def granted_reader(secured: SecuredKafka, namespace: str, name: str) -> str:
     """A topic that this user alone may read."""
     topic = f"{namespace}.commands"
-    with secured.admin() as admin:
-        admin.create(Catalogue(namespace, 1).topics(())[:1])
+    secured.admin.create(Catalogue(namespace, 1).topics(())[:1])
     secured.grant([Acl(principal=f"User:{name}", operation="Read", resource="topic", name=topic)])
     return topic
 
@@ -355,8 +355,7 @@ class Roles:
 def roles(secured: SecuredKafka, namespace: str) -> Iterator[Roles]:
     with contextlib.ExitStack() as stack:
         roles = Roles(secured, namespace, stack)
-        with secured.admin() as admin:
-            admin.create(roles.catalogue.topics())
+        secured.admin.create(roles.catalogue.topics())
         yield roles
 
 
@@ -418,8 +417,7 @@ def test_all_of_a_run_works_with_each_role_as_a_user_of_its_own(at_work: Roles) 
 
 
 def dead_letters(roles: Roles) -> list[Any]:
-    with roles.secured.admin() as admin:
-        return checker.read(admin, roles.catalogue.dead_letters)
+    return checker.read(roles.secured.admin, roles.catalogue.dead_letters)
 
 
 def test_a_step_that_starts_runs_needs_the_permission_and_the_error_says_which(at_work: Roles) -> None:

@@ -596,7 +596,7 @@ def test_every_command_has_the_common_options() -> None:
     from typer.main import get_command
 
     found = commands(get_command(app))
-    assert len(found) == 19
+    assert len(found) == 20
     for one in found:
         assert {"url", "namespace", "json", "verbose"} <= {parameter.name for parameter in one.params}
 
@@ -624,3 +624,41 @@ def test_help_is_quick() -> None:
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
     assert "processor" in done.stdout
     assert spent() - before < 1  # of processor time; about a third of that where nothing else runs
+
+
+# permissions
+
+
+def test_acls_are_commands_of_kafkas_own_with_the_reason_above_each(durably_: Any) -> None:
+    result = durably_("acls", "--role", "worker", "--principal", "User:mail", "--queue", "mail", "--starts-runs")
+    lines, topic = result.stdout.splitlines(), "--topic durably.requests.mail"
+    assert lines[:2] == [
+        "# its input",
+        f"kafka-acls.sh --bootstrap-server scripted:1 --add --allow-principal User:mail --operation Read {topic}",
+    ]
+    assert any(line.endswith("--operation Write --topic durably.commands") for line in lines)
+    assert not any(line.endswith("--topic durably.events") for line in lines)
+
+
+def test_acls_as_json_are_one_object_on_each_line(durably_: Any) -> None:
+    result = durably_("acls", "--role", "processor", "--principal", "User:p", "--format", "json")
+    acls = [json.loads(line) for line in result.stdout.splitlines()]
+    (transactions,) = [acl for acl in acls if acl["resource"] == "transactional-id"]
+    assert (transactions["name"], transactions["prefixed"], transactions["operation"]) == (
+        "durably.processor.", True, "Write",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--role", "client", "--principal", "ada"], "use User:NAME"),
+        (["--role", "client", "--principal", "User:ada", "--starts-runs"], "no choice of the role 'client'"),
+        (["--role", "king", "--principal", "User:ada"], "'king' is not one of"),
+        (["--role", "client", "--principal", "User:ada", "--url", "embedded:x"], "has no ACLs"),
+    ],
+)
+def test_acls_that_cannot_be_are_refused(arguments: list[str], message: str, durably_: Any) -> None:
+    result = durably_("acls", *arguments, url="--url" not in arguments)
+    assert result.exit_code in {1, 2}
+    assert message in " ".join(result.stderr.replace("│", " ").split())

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import confluent_kafka as ck
@@ -82,6 +83,7 @@ _UNKNOWN_USER = {
     KafkaError.SASL_AUTHENTICATION_FAILED, KafkaError.UNSUPPORTED_SASL_MECHANISM, KafkaError.ILLEGAL_SASL_STATE,
     KafkaError._AUTHENTICATION, KafkaError._SSL,
 }  # fmt: skip
+_AFTER_FATAL = {KafkaError._FATAL, KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}
 _DENIED: dict[int, Resource] = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED: "topic",
     KafkaError.GROUP_AUTHORIZATION_FAILED: "group",
@@ -262,7 +264,7 @@ class _Producing:
             self._known.add(topic)
         delivered: Callable[[KafkaError | None, ck.Message], None] | None = None
         if on_ack is not None:
-            errors, told = self._errors, on_ack
+            told = on_ack
 
             def delivered(error: KafkaError | None, record: ck.Message) -> None:
                 if error is None:
@@ -270,7 +272,7 @@ class _Producing:
                     offset = record.offset()
                     told(None, -1 if offset is None else offset)
                 else:
-                    told(errors.of(error, f"writing to {topic}", "Write", topic), -1)
+                    told(self._unwritten(error, topic), -1)
 
         try:
             self._client.produce(
@@ -291,28 +293,53 @@ class _Producing:
     def _failure(self, error: KafkaException, doing: str, name: str = "") -> BrokerError:
         return self._errors.raised(error, doing, "Write", name)
 
+    def _unwritten(self, error: KafkaError, topic: str) -> BrokerError:
+        return self._errors.of(error, f"writing to {topic}", "Write", topic)
+
 
 class KafkaProducer(_Producing):
     """A plain idempotent producer."""
 
+    _fatal: KafkaError | None = None
+    """Why it is of no more use. librdkafka says so once; then it purges what it has, and takes nothing more."""
+
     def poll(self, timeout: float = 0) -> None:
         """See `Producer.poll`."""
-        self._client.poll(timeout)
+        try:
+            self._client.poll(timeout)
+        except KafkaException as error:
+            self._fatal = error.args[0]  # told to those who wait for acknowledgements
 
     def flush(self, timeout: float) -> int:
         """See `Producer.flush`."""
-        return self._client.flush(timeout)
+        try:
+            return self._client.flush(timeout)
+        except KafkaException as error:
+            self._fatal = error.args[0]
+            return len(self._client)
+
+    def _failure(self, error: KafkaException, doing: str, name: str = "") -> BrokerError:
+        return self._unwritten(error.args[0], name) if name else super()._failure(error, doing)
+
+    def _unwritten(self, error: KafkaError, topic: str) -> BrokerError:
+        if self._fatal is not None and error.code() in _AFTER_FATAL:
+            error = self._fatal
+        if error.code() == KafkaError.CLUSTER_AUTHORIZATION_FAILED:
+            # To be idempotent takes Write on some topic (KIP-679): the user has it on none.
+            acl = Acl(principal=self._errors.principal, operation="Write", resource="topic", name=topic)
+            return denied([acl], self._errors.address)
+        return super()._unwritten(error, topic)
 
     def close(self) -> None:
         """See `Producer.close`."""
         if self._closed:
             return
         self._closed = True
-        if left := self._client.flush(LET_GO):
+        if left := self.flush(LET_GO):
             log.warning("%d records were not acknowledged within %.0f s and may be lost", left, LET_GO)
             # Their callbacks run, with an error, in the flush.
             self._client.purge()
-            self._client.flush(0)
+            self.flush(0)
         _bounded(self._client.close, "a producer")
 
 
@@ -325,7 +352,8 @@ class KafkaTransactions(_Producing):
         self._first: BrokerError | None = None
 
     def _failure(self, error: KafkaException, doing: str, name: str = "") -> BrokerError:
-        self._client.poll(0)  # what was heard meanwhile
+        with suppress(KafkaException):  # the same error again, where it is a fatal one
+            self._client.poll(0)  # what was heard meanwhile
         if error.args[0].code() == KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED:
             name = self._id
         # After a fatal error every call answers _FATAL; the first one says what it was.
@@ -711,6 +739,8 @@ class KafkaBroker:
                 try:
                     found[TP(tp.topic, tp.partition)] = self._answer(future).offset
                 except KafkaException as error:
+                    if error.args[0].code() == KafkaError._NOENT and not self._count([tp.topic], timeout):
+                        raise self.missing(tp.topic) from error  # where it may not be seen, that raised already
                     if error.args[0].code() not in _LEADERSHIP or time.monotonic() > deadline:
                         doing = f"asking for the offsets of {tp.topic}"
                         raise self.errors.raised(error, doing, "Describe", tp.topic) from error
@@ -794,13 +824,24 @@ class KafkaBroker:
 
     def topics(self, timeout: float = 30) -> list[str]:
         """See `Broker.topics`."""
-        # The next call hears of nothing until its time is up; this one says at once when we are not let in.
-        asking = self._admin.describe_cluster(request_timeout=min(timeout, UNREACHABLE_AFTER))
-        self._done(asking, "asking for its topics")
-        try:
-            return sorted(self._admin.list_topics(timeout=min(timeout, UNREACHABLE_AFTER)).topics)
-        except KafkaException as error:
-            raise self.errors.raised(error, "asking for its topics") from error
+        # The call hears nothing until its time is up, so it is given little at first: whoever is not let in learns it soon.
+        since = time.monotonic()
+        until, patience = since + min(timeout, UNREACHABLE_AFTER), 1.0
+        while True:
+            left = until - time.monotonic()
+            try:
+                return sorted(self._admin.list_topics(timeout=min(patience, max(0.1, left))).topics)
+            except KafkaException as error:
+                self._admin.poll(0)
+                self.errors.check_refusal(since)
+                if left <= patience or error.args[0].code() not in _SILENT:
+                    raise self.errors.raised(error, "asking for its topics") from error
+                patience *= 2
+
+    def _meet(self, timeout: float) -> None:
+        # What only the controller does may wait in vain for it, until its time is up, where it is the first thing that
+        # is asked of a handle: so it learns first who is there.
+        self.topics(timeout)
 
     def require(self, acls: Iterable[Acl], timeout: float = 10) -> None:
         """See `Broker.require`."""
@@ -844,6 +885,7 @@ class KafkaBroker:
             )
             for acl in acls
         ]
+        self._meet(timeout)
         for future in self._admin.create_acls(wanted, request_timeout=timeout).values():
             try:
                 self._answer(future)
@@ -861,6 +903,7 @@ class KafkaBroker:
         wanted = [NewTopic(t.name, t.partitions, -1, config=dict(t.config)) for t in topics]
         if not wanted:
             return
+        self._meet(timeout)
         for name, future in self._admin.create_topics(wanted, request_timeout=timeout).items():
             try:
                 self._answer(future)

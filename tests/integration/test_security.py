@@ -259,11 +259,14 @@ def test_the_gateway_says_why_it_is_not_ready(secured: SecuredKafka, tmp_path: P
         gateway.stop()
 
 
-def test_a_worker_that_is_no_longer_let_in_ends(secured: SecuredKafka, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It connects only as a member of its group here: no question before that would have found out."""
-    monkeypatch.setattr("durably.broker.kafka.LASTING", 1.0)
-    user = secured.user("walter") | {"sasl.password": "guessed"}
-    with contextlib.closing(connect(secured.url(), user)) as broker:
+@pytest.mark.parametrize("before", [True, False])
+def test_a_worker_that_is_not_let_in_ends(secured: SecuredKafka, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+    monkeypatch.setattr("durably.broker.kafka.LASTING", 1.0 if before else FOR_EVER)
+    with contextlib.closing(connect(secured.url(), secured.user("walter"))) as broker:
+        if before:
+            broker.topics()
+        # What connects from now on, the member of the group above all, has the wrong password.
+        cast("KafkaBroker", broker).properties._user["sasl.password"] = "guessed"
         worker = Worker(broker, Catalogue("security"), registry)
         worker.start()
         worker.join()

@@ -57,7 +57,7 @@ H = TypeVar("H")
 UNREACHABLE_AFTER = 10.0
 """Seconds after which a broker that answers no question about its topics counts as unreachable."""
 LASTING = 10.0
-"""Seconds after which a refusal of who we are, each time we connect, ends reading: a restart of a broker takes less."""
+"""Seconds after which a refusal of who we are, each time we connect, is raised where we have been let in before."""
 _AGAIN = 5.0  # seconds; librdkafka connects again after one at most, so a refusal that is older was the last
 _TICK = 0.05  # seconds between two looks at whether we are refused
 LET_GO = 5.0
@@ -139,6 +139,7 @@ class _Errors:
         self.address = address
         self.principal = principal
         self._user = user
+        self._met = False
         self._refusal: KafkaError | None = None
         self._first = self._last = 0.0  # when the refusals in a row were heard
 
@@ -152,15 +153,16 @@ class _Errors:
                 self._first = now
             self._refusal, self._last = error, now
 
-    def check_refusal(self, since: float) -> None:
-        """Raises `AccessDenied` where the last thing heard, after ``since``, is that we are not let in."""
-        if self._refusal is not None and self._last > max(since, time.monotonic() - _AGAIN):
-            raise self._unknown(self._refusal)
+    def let_in(self) -> None:
+        """A broker has answered: from now on a refusal may be a broker that restarts, and has to last."""
+        self._met = True
 
-    def check_lasting(self) -> None:
-        """Raises `AccessDenied` where we have not been let in for a long time."""
-        if self._last - self._first > LASTING:
-            self.check_refusal(self._first)
+    def check_refusal(self, since: float = 0) -> None:
+        """Raises `AccessDenied` where the last thing heard, after ``since``, is that we are not let in."""
+        if self._refusal is None or self._last <= max(since, time.monotonic() - _AGAIN):
+            return
+        if not self._met or self._last - self._first > LASTING:
+            raise self._unknown(self._refusal)
 
     def of(self, error: KafkaError, doing: str, operation: Operation = "Read", name: str = "") -> BrokerError:
         """Ours for one of librdkafka's.
@@ -178,7 +180,7 @@ class _Errors:
             return fenced
         if code in _SILENT:
             try:
-                self.check_refusal(0)
+                self.check_refusal()
             except AccessDenied as refusal:
                 return refusal
             return BrokerUnreachable(
@@ -428,7 +430,7 @@ class _Reading:
             # consume(n, t) would wait for all n, or for all of t.
             first = self._client.poll(timeout)
             if first is None:
-                self._errors.check_lasting()
+                self._errors.check_refusal()
                 return []
             records = [first, *self._client.consume(limit - 1, 0)] if limit > 1 else [first]
         except KafkaException as error:
@@ -687,10 +689,13 @@ class KafkaBroker:
         since = time.monotonic()
         while True:
             try:
-                return future.result(_TICK)
+                answer = future.result(_TICK)
             except TimeoutError:
                 self._admin.poll(0)  # nobody else hears what it has to say
                 self.errors.check_refusal(since)
+            else:
+                self.errors.let_in()
+                return answer
 
     def _done(self, future: Future[Any], doing: str, operation: Operation = "Describe", name: str = "") -> Any:
         try:
@@ -830,13 +835,16 @@ class KafkaBroker:
         while True:
             left = until - time.monotonic()
             try:
-                return sorted(self._admin.list_topics(timeout=min(patience, max(0.1, left))).topics)
+                found = sorted(self._admin.list_topics(timeout=min(patience, max(0.1, left))).topics)
             except KafkaException as error:
                 self._admin.poll(0)
                 self.errors.check_refusal(since)
                 if left <= patience or error.args[0].code() not in _SILENT:
                     raise self.errors.raised(error, "asking for its topics") from error
                 patience *= 2
+            else:
+                self.errors.let_in()
+                return found
 
     def _meet(self, timeout: float) -> None:
         # What only the controller does may wait in vain for it, until its time is up, where it is the first thing that

@@ -104,7 +104,7 @@ class SecuredKafka:
         self._folder = folder
         self.authority = Authority("authority")
         self.cluster = kafka_cluster.start(self._listeners())
-        self._admin = AdminClient({"bootstrap.servers": self.cluster.bootstrap, **ADMIN})
+        self._admin = AdminClient({"bootstrap.servers": self.cluster.bootstrap, "log_level": 0, **ADMIN})
         self.admin = KafkaBroker(self.cluster.bootstrap, ADMIN)
         self._ca = self.file("ca.pem", self.authority.certificate)
 

@@ -17,6 +17,7 @@ from io import BytesIO
 from typing import Any, TypeVar
 
 import fastavro
+from fastavro._read_py import schemaless_reader
 from fastavro.schema import fingerprint as avro_fingerprint
 from fastavro.schema import to_parsing_canonical_form
 
@@ -91,7 +92,8 @@ class _Shape:
         """What another version of the schema wrote, as this version writes it (Avro's schema resolution)."""
         body = BytesIO(data)
         body.seek(skip)
-        raw = fastavro.schemaless_reader(body, writer, self.parsed, return_record_name=True)
+        # In Python: fastavro's compiled reader recurses on the C stack, and deep nesting would end the process.
+        raw = schemaless_reader(body, writer, self.parsed, return_record_name=True)
         if body.read(1):
             raise ValueError("bytes are left over")
         out = BytesIO()
@@ -120,7 +122,7 @@ class Codec:
             shape.encode(record, parts.extend)
             return b"".join(parts)
         except Exception as e:
-            raise CodecError(f"this {shape.name} does not fit its schema: {e}: {record!r:.300}") from e
+            raise CodecError(f"this {shape.name} does not fit its schema: {e}: {_shown(record)}") from e
 
     def decode(self, data: bytes | None) -> records.Record:
         """The record in these bytes. Raises `CodecError`, saying what they are instead."""
@@ -171,7 +173,17 @@ class Codec:
         shape = next((s for s in _SHAPES.values() if f"durably.{s.name}" == full_name), None)
         if shape is None:
             raise CodecError(f"schema id {schema_id} is {full_name}, none of our records")
-        return shape, fastavro.parse_schema(_plain(schema))
+        try:
+            return shape, fastavro.parse_schema(_plain(schema))
+        except Exception as e:
+            raise CodecError(f"the schema with id {schema_id} is none: {type(e).__name__}: {e}") from e
+
+
+def _shown(record: records.Record) -> str:
+    try:
+        return f"{record!r:.300}"
+    except RecursionError:
+        return "nested too deeply to be shown"
 
 
 _SHAPES = {cls: _Shape(cls) for cls in RECORDS}

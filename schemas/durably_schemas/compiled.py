@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 Encode = Callable[[Any, Callable[[Iterable[bytes]], None]], None]
 Decode = Callable[[bytes, int], tuple[Any, int]]
 
+DEPTH = 64
+"""Levels of records within records of their own kind. What one process can read every other one can, however much of
+its stack is taken."""
 _FAST = 4096
 
 
@@ -49,15 +52,22 @@ def read_long(data: bytes, at: int) -> tuple[int, int]:
         byte = data[at]
         at += 1
         z |= (byte & 0x7F) << shift
+        shift += 7
+        if z >> 64 or shift > 70:
+            raise ValueError("a long of more than 64 bits")
         if byte < 0x80:
             return (z >> 1) ^ -(z & 1), at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a long of more than 64 bits")
 
 
 def _bad(what: str) -> NoReturn:
     raise ValueError(what)
+
+
+def _refers(schema: Any, full_name: str) -> bool:
+    """Whether a named type is meant somewhere in a schema."""
+    if isinstance(schema, dict):
+        return any(_refers(part, full_name) for part in schema.values())
+    return any(_refers(part, full_name) for part in schema) if isinstance(schema, list) else schema == full_name
 
 
 _SMALL = [varint(n) for n in range(_FAST)]
@@ -123,8 +133,10 @@ class Compiler:
         self._types[full_name] = schema
         self._names[f"class_{name}"] = self._class_of(full_name)
         encode, decode = _Writer(), _Writer()
-        encode.line(0, f"def encode_{name}(r, out):")
-        decode.line(0, f"def decode_{name}(b, p):")
+        encode.line(0, f"def encode_{name}(r, out, depth=0):")
+        decode.line(0, f"def decode_{name}(b, p, depth=0):")
+        for function in (encode, decode) if _refers(schema["fields"], full_name) else ():
+            function.line(1, f"if depth > {DEPTH}: bad('nested deeper than {DEPTH} levels')")
         for field in schema["fields"]:
             self._encode(encode, 1, field["type"], f"r.{field['name']}")
             self._decode(decode, 1, field["type"], f"v_{field['name']}")
@@ -161,7 +173,7 @@ class Compiler:
             table = self._table("symbols", {s: varint(i) for i, s in enumerate(schema["symbols"])})
             w.piece(depth, f"{table}[{value}]")
         elif kind == "record":
-            w.line(depth, f"encode_{self._define(schema)}({value}, out)")
+            w.line(depth, f"encode_{self._define(schema)}({value}, out, depth + 1)")
         elif kind == "array":
             item = w.temporary()
             self._encode_block(w, depth, value, f"for {item} in {value}:", [(schema["items"], item)])
@@ -217,7 +229,9 @@ class Compiler:
         elif kind in ("int", "long"):
             w.line(depth, f"{into}, p = long(b, p)")
         elif kind == "boolean":
-            w.line(depth, f"{into} = b[p] == 1")
+            w.line(depth, "n = b[p]")
+            w.line(depth, "if n > 1: bad('a boolean that is neither')")
+            w.line(depth, f"{into} = n == 1")
             w.line(depth, "p += 1")
         elif kind == "double":
             w.line(depth, f"{into} = unpack(b, p)[0]")
@@ -226,7 +240,7 @@ class Compiler:
             self._decode_index(w, depth)
             w.line(depth, f"{into} = {self._table('symbols', tuple(schema['symbols']))}[n]")
         elif kind == "record":
-            w.line(depth, f"{into}, p = decode_{self._define(schema)}(b, p)")
+            w.line(depth, f"{into}, p = decode_{self._define(schema)}(b, p, depth + 1)")
         elif kind == "array":
             items, item = w.temporary(), w.temporary()
             w.line(depth, f"{items} = []")

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import math
 import sys
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, ca
 
 from durably_schemas import Catalogue, events
 
-from durably.durations import Duration, milliseconds
+from durably.durations import LONGEST, Duration, milliseconds
 from durably.errors import ConfigurationError, DurablyError, RegistrationError
 from durably.runtime import workflow_context
 
@@ -102,10 +103,14 @@ class StepDefinition(Generic[P, R]):
         return dataclasses.replace(self, **changes)
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_retries, bool) or not isinstance(self.max_retries, int) or self.max_retries < 0:
+        if isinstance(self.max_retries, bool) or not isinstance(self.max_retries, int) or not 0 <= self.max_retries < 2**31 - 1:
             raise RegistrationError(
-                f"step {self.name}: max_retries={self.max_retries!r} must be a whole number, 0 or more"
+                f"step {self.name}: max_retries={self.max_retries!r} must be a whole number, 0 to {2**31 - 2}"
             )
+        # Some have been made of a handle that travelled, and with it from anywhere.
+        times = (self.timeout_ms or 0, self.backoff.initial_ms, self.backoff.max_ms)
+        if not (all(type(ms) is int and 0 <= ms <= LONGEST for ms in times) and 1 <= self.backoff.factor < math.inf):
+            raise RegistrationError(f"step {self.name}: timeout={self.timeout_ms!r} ms, {self.backoff}: out of range")
         try:
             _CATALOGUE.requests(self.queue)
         except (ValueError, TypeError) as e:

@@ -15,7 +15,8 @@ _NAMES = {
     "day": "d", "week": "w",
 }  # fmt: skip
 _PART = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]+)\s*")
-_LONGEST = 1000 * 365 * 86_400_000
+LONGEST = 1000 * 365 * 86_400_000
+"""Milliseconds of the longest duration."""
 _REMEDY = 'use seconds, a text such as "10s" or "1h30m", a timedelta, or an aware datetime'
 
 
@@ -64,6 +65,6 @@ def milliseconds(value: Duration, *, now: int | None = None) -> int:
         length = value * 1000
     else:
         raise TypeError(f"{value!r} is no duration: {_REMEDY}")
-    if not 0 <= length <= _LONGEST:  # which nan is not either
+    if not 0 <= length <= LONGEST:  # which nan is not either
         raise ValueError(f"{value!r} is no duration: it must not be negative, nor longer than 1000 years")
     return math.ceil(round(length, 6))

@@ -10,7 +10,6 @@ import msgspec
 from durably_schemas.records import Error, Payload
 
 from durably import failures, payloads
-from durably.errors import SerializationError
 
 
 def plain(value: Any) -> Any:
@@ -22,7 +21,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Payload):
         try:
             return plain(payloads.load(value))
-        except (SerializationError, RecursionError):  # the second: a value that is nested deeper than this goes
+        except Exception:  # it cannot be read here, is nested deeper than this goes, or has a method that raises
             return {"content_type": value.content_type, "base64": base64.b64encode(value.data).decode()}
     if isinstance(value, Error):
         return _error(value)
@@ -42,8 +41,8 @@ def to_json(value: Any) -> bytes:
     shown = plain(value)
     try:
         return msgspec.json.encode(shown, enc_hook=str)
-    except (TypeError, ValueError):  # a key that JSON cannot hold
-        return msgspec.json.encode(_textual(shown), enc_hook=str)
+    except Exception:  # a key that JSON cannot hold, an integer that Python does not write out, a __str__ that raises
+        return msgspec.json.encode(_textual(shown), enc_hook=_text)
 
 
 def _error(error: Error) -> dict[str, Any]:
@@ -74,7 +73,18 @@ def _carried(data: dict[str, Any]) -> dict[str, Any]:
 
 def _textual(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else str(key): _textual(item) for key, item in value.items()}
+        return {key if isinstance(key, str) else _text(key): _textual(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_textual(item) for item in value]
+    try:
+        msgspec.json.encode(value, enc_hook=_text)
+    except Exception:  # as above
+        return _text(value)
     return value
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value)
+    except Exception:  # a method of the user's; or an integer of thousands of digits, which Python does not write out
+        return hex(value) if isinstance(value, int) else f"<{type(value).__qualname__}>"

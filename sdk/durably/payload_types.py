@@ -550,11 +550,17 @@ def _read_path(data: memoryview) -> PurePath:
     return _PATHS[kind](text)
 
 
+def _read_texts(data: memoryview) -> tuple[str, str]:
+    return msgspec.msgpack.decode(data, type=tuple[str, str])
+
+
 def _read_step(data: memoryview) -> StepDefinition[..., Any]:
     name, options = read(data)
     step = registry.steps.get(name)
     if step is None:
         raise SerializationError(f"no step named {name!r} is registered here: load the module that defines it, too")
+    if not isinstance(options, dict):
+        raise SerializationError(f"the options of step {name!r} are {options!r:.100}")
     if "backoff" in options:
         options["backoff"] = msgspec.convert(options["backoff"], type(step.backoff))
     return dataclasses.replace(step, **{key: options[key] for key in _OPTIONS if key in options}) if options else step
@@ -586,8 +592,8 @@ _READERS: dict[int, Callable[[memoryview], Any]] = {
     _DECIMAL: lambda data: Decimal(str(data, "ascii")),
     _UUID: lambda data: UUID(bytes=bytes(data)),
     _PAIRS: lambda data: dict(read(data)),
-    _WRITABLE: lambda data: Writable(*read(data)),
-    _READABLE: lambda data: Readable(*read(data)),
+    _WRITABLE: lambda data: Writable(*_read_texts(data)),
+    _READABLE: lambda data: Readable(*_read_texts(data)),
     _RUN: lambda data: run_handle(str(data, "utf-8")),
     _STEP: _read_step,
     _WORKFLOW: _read_workflow,

@@ -94,7 +94,10 @@ class Channel:
                 raise ConnectionError(f"a frame of {size} bytes")
             if len(received) < at + 4 + size:
                 break
-            messages.append(_decode(memoryview(received)[at + 4 : at + 4 + size]))
+            try:
+                messages.append(_decode(memoryview(received)[at + 4 : at + 4 + size]))
+            except (ValueError, RecursionError) as error:
+                raise ConnectionError(f"a frame that is no message: {error}") from error
             at += 4 + size
         del received[:at]
         return messages

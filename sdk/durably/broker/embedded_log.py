@@ -20,7 +20,7 @@ from time import time_ns
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-from rocksdict import DBCompressionType, Options, Rdict, WriteBatch
+from rocksdict import DBCompressionType, Options, Rdict, RdictIter, WriteBatch
 
 from durably.broker.port import TP, Committed, Message, TopicState
 from durably.errors import BrokerError, ConfigurationError, UnknownTopic
@@ -63,7 +63,7 @@ class Clean(NamedTuple):
 
 def identity_of(folder: Path, topic: str) -> str:
     """Of a topic on this path: the path's own, given to it when it was first opened."""
-    return f"{(folder / IDENTITY).read_text()}/{topic}"
+    return f"{(folder / IDENTITY).read_text(errors='backslashreplace')}/{topic}"
 
 
 def _name(text: str) -> bytes:
@@ -160,9 +160,15 @@ class Log:
         self.partitions: dict[str, list[Partition]] = {}
         self.holders = 0
         self.on_idle: Callable[[], None] = self.close
-        self._load()
+        try:
+            self._load()
+        except Exception as error:  # RocksDB's, or of what was found
+            self._db.close()
+            raise ConfigurationError(f"embedded:{path} cannot be read: {error}") from error
         if not (path / IDENTITY).exists():
-            (path / IDENTITY).write_text(uuid.uuid4().hex)
+            new = path / f"{IDENTITY}.new"
+            new.write_text(uuid.uuid4().hex)
+            new.replace(path / IDENTITY)  # whole, or not there
 
     def _open(self) -> Rdict:
         options = Options(raw_mode=True)
@@ -206,6 +212,7 @@ class Log:
             partition.start = first[0].offset
             iterator = self._db.iter()
             iterator.seek_for_prev(partition.prefix + b"\xff" * 8)
+            self._check_end(iterator)
             last = _batch.decode(iterator.value())[-1]
             partition.end = partition.next = partition.tail_start = last.offset + 1
             self._clock = max(self._clock, last.timestamp)
@@ -219,6 +226,14 @@ class Log:
                 return
             yield key, iterator.value()
             iterator.next()
+        self._check_end(iterator)
+
+    def _check_end(self, iterator: RdictIter) -> None:
+        """Raises `BrokerError` where an iterator has stopped at a damaged block, and not for want of more."""
+        try:
+            iterator.status()
+        except Exception as error:
+            raise BrokerError(f"embedded:{self.path} is damaged: {error}") from error
 
     def _batches(self, partition: Partition, offset: int = 0) -> Iterator[list[Message]]:
         for _, value in self._scan(partition.prefix, _offset.pack(offset)):

@@ -80,6 +80,9 @@ class Server:
             session.thread.join()
 
 
+_Sent = tuple[str, bytes | None, bytes | None, int | None, list[tuple[str, bytes]]]
+
+
 def _nothing() -> None:
     """A session does not keep the log open."""
 
@@ -123,7 +126,8 @@ class _Session:
                 def on_ack(error: Exception | None, offset: int) -> None:
                     answers[at] = (_named(error) if error else None, offset)
 
-                _, topic, value, key, partition, headers = question
+                # Converted, because what is stored is not looked at again.
+                topic, value, key, partition, headers = msgspec.convert(question[1:], _Sent, builtin_types=(bytes,))
                 self._producer.send(topic, value, key=key, partition=partition, headers=headers, on_ack=on_ack)
             else:
                 answers[at] = (None, self._answer(question[0], question[1:]))

@@ -11,6 +11,9 @@ from durably_schemas import Catalogue, CodecError
 from durably_schemas import records as rec
 from durably_schemas.catalogue import partition_for
 
+LATEST = 10_000 * 366 * 24 * 60 * 60 * 1000
+"""Milliseconds: beyond every instant of a datetime, and so that sums of a few of them still fit into records."""
+
 KEYED_BY_TOKEN = frozenset({rec.ResumeHook, rec.ClaimToken, rec.ReleaseToken})
 """Records whose key is their token's routing key; that of all others is their run's id."""
 
@@ -59,6 +62,12 @@ class Admission:
         elif isinstance(record, rec.ResumeHook):
             _check_id(record.resume_id, "resume_id")
             self._check_payload(record.payload, "payload")
+        elif isinstance(record, rec.StepHeartbeat):
+            _check_time(record.started_at, "started_at")
+            _check_time(max(0, record.lease_until - record.sent_at), "a lease")
+        elif isinstance(record, rec.StepResult):
+            if isinstance(record.outcome, rec.StepFailed):
+                _check_time(max(0, record.outcome.retry_after or 0), "retry_after")
         elif isinstance(record, rec.CancelRun) and len(record.reason or "") > LONGEST_REASON:
             raise CodecError(f"a reason of {len(record.reason or ''):,} characters: {LONGEST_REASON:,} at most")
 
@@ -108,6 +117,12 @@ class Admission:
                 f"key {key!r} belongs on partition {home}, not {self._number}: "
                 "set the producer's partitioner to murmur2_random, the Java default"
             )
+
+
+def _check_time(ms: int, what: str) -> None:
+    # Timers are made of it, and events.
+    if not 0 <= ms <= LATEST:
+        raise CodecError(f"{what} of {ms} ms: 0 to {LATEST}")
 
 
 def _check_id(text: str, what: str) -> None:

@@ -498,7 +498,7 @@ class Run:
         if fatal or step.attempt > step.max_retries:
             self._deliver(ev.StepFailed(attempt=step.attempt, error=error), at, step_id)
             return
-        delay = retry_after if retry_after is not None else _delay(step.backoff, step.attempt)
+        delay = max(0, retry_after) if retry_after is not None else _delay(step.backoff, step.attempt)
         self._emit(ev.StepRetrying(attempt=step.attempt + 1, error=error, retry_at=at + delay), at, step_id)
 
 

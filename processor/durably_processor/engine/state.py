@@ -336,9 +336,9 @@ class RunState:
 
     def _step_completed(self, event: Event, data: ev.StepCompleted) -> None:
         self._close(_id(event))
-        for written in data.streams:
-            if written.namespace not in self.header.streams:
-                self.header.streams = [*self.header.streams, written.namespace]
+        if data.streams:
+            written = (stream.namespace for stream in data.streams)
+            self.header.streams = list(dict.fromkeys((*self.header.streams, *written)))
 
     def _step_failed(self, event: Event, data: ev.StepFailed) -> None:
         self._close(_id(event))

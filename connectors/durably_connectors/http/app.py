@@ -98,4 +98,5 @@ def create_gateway(
     for part in (api, webhooks.router, health.router):
         app.include_router(part)
     app.router.routes.append(webhooks.every_method)
+    app.openapi = lambda: problems.described(FastAPI.openapi(app))  # type: ignore[method-assign]
     return app

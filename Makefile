@@ -3,13 +3,14 @@
 PYTHON ?= python3
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 DURABLY_URL ?= kafka://127.0.0.1:9092
+FUZZ_SECONDS ?= 120
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help demo test lint bench bench-peers up down topics chaos
+.PHONY: help demo test chaos fuzz lint bench bench-peers up down topics
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +20,7 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    measures, and writes bench/README.md; NOTE='what has changed since the last time'"
 	@echo "make bench-peers  installs what durably is compared with: needs the network, and npm for one of them"
+	@echo "make fuzz     coverage-guided fuzzing of the decoders, FUZZ_SECONDS=$(FUZZ_SECONDS) each; longer property tests"
 	@echo "make up       Kafka, two processors and two workers in containers; make down ends them"
 	@echo "make topics   creates the topics at DURABLY_URL ($(DURABLY_URL))"
 
@@ -51,6 +53,14 @@ bench: $(STAMP)
 
 bench-peers: $(STAMP)
 	$(BIN)/python bench/environments.py
+
+fuzz: export PYTHONPATH := tests
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m fuzz.corpus .fuzz
+	$(BIN)/python tests/fuzz/atheris_codec.py -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 .fuzz/codec
+	$(BIN)/python tests/fuzz/atheris_payloads.py -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 .fuzz/payloads
+	DURABLY_FUZZ=20 $(BIN)/python -m pytest --timeout=3600 tests/fuzz
 
 up:
 	$(COMPOSE) up --detach --build

@@ -103,7 +103,11 @@ class StepDefinition(Generic[P, R]):
         return dataclasses.replace(self, **changes)
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_retries, bool) or not isinstance(self.max_retries, int) or not 0 <= self.max_retries < 2**31 - 1:
+        if (
+            isinstance(self.max_retries, bool)
+            or not isinstance(self.max_retries, int)
+            or not 0 <= self.max_retries < 2**31 - 1
+        ):
             raise RegistrationError(
                 f"step {self.name}: max_retries={self.max_retries!r} must be a whole number, 0 to {2**31 - 2}"
             )

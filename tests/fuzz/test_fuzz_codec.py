@@ -127,7 +127,7 @@ def test_a_long_has_64_bits() -> None:
 
 
 def failed(depth: int) -> rec.RunSummary:
-    """The summary of a run whose error has a cause that has a cause …"""
+    """The summary of a run whose error has a cause that has one, and so on."""
     error: rec.Error | None = None
     for _ in range(depth):
         error = rec.Error(type="T", message="m", cause=error)

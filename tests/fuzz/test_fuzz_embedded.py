@@ -65,7 +65,18 @@ THINGS = st.recursive(
     max_leaves=6,
 )  # fmt: skip
 WORDS = st.sampled_from(
-    ["send", "read", "seek", "describe", "topics", "group_metadata_of", "end_offsets", "start_offsets", "offsets_at", "?"]
+    [
+        "send",
+        "read",
+        "seek",
+        "describe",
+        "topics",
+        "group_metadata_of",
+        "end_offsets",
+        "start_offsets",
+        "offsets_at",
+        "?",
+    ]
 )
 SENDS = st.tuples(
     st.just("send"), st.one_of(THINGS, st.just(CATALOGUE.commands)), st.one_of(THINGS, st.just(b"v")),

@@ -63,7 +63,15 @@ HINTS: list[Any] = [
 ]  # fmt: skip
 
 NAMES = st.sampled_from(
-    ["fuzzed-point", "fuzzed_step", "builtins:ValueError", "builtins:BaseExceptionGroup", "x", "Europe/Berlin", "America"]
+    [
+        "fuzzed-point",
+        "fuzzed_step",
+        "builtins:ValueError",
+        "builtins:BaseExceptionGroup",
+        "x",
+        "Europe/Berlin",
+        "America",
+    ]
 )
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.floats(), st.text(st.characters(exclude_categories=["Cs"]), max_size=12), NAMES,
@@ -119,7 +127,8 @@ PAYLOADS = st.one_of(
     st.builds(
         Payload,
         content_type=st.one_of(
-            st.text(max_size=30), st.sampled_from([f"{MSGPACK};codec=gzip", f"{JSON} ; codec=gzip,", f"{MSGPACK};codec="])
+            st.text(max_size=30),
+            st.sampled_from([f"{MSGPACK};codec=gzip", f"{JSON} ; codec=gzip,", f"{MSGPACK};codec="]),
         ),
         data=st.one_of(BYTES, BYTES.map(gzip.compress), damaged(BYTES.map(gzip.compress))),
     ),
@@ -319,7 +328,11 @@ OPTIONS = st.one_of(
             "backoff": st.one_of(
                 SCALARS,
                 st.fixed_dictionaries(
-                    {"initial_ms": st.integers(-(2**63), 2**63 - 1), "factor": st.floats(), "max_ms": st.integers(0, 2**63)}
+                    {
+                        "initial_ms": st.integers(-(2**63), 2**63 - 1),
+                        "factor": st.floats(),
+                        "max_ms": st.integers(0, 2**63),
+                    }
                 ),
             ),
             "fn": SCALARS,
@@ -432,4 +445,3 @@ def test_an_exception_of_a_module_that_is_not_imported_imports_nothing() -> None
     for name in ("antigravity:Error", "antigravity.x:Error", "os.path.antigravity:E"):
         assert type(failures.to_exception(Error(type=name, message="m"))).__name__ == "StepError"
     assert "antigravity" not in sys.modules
-

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import checker
+import pytest
 from durably import step, tokens
 from durably.authoring import WorkflowDefinition
 from durably.broker.port import TP, Message
@@ -71,10 +72,12 @@ async def fuzz_timing(n: int) -> int:
 class PartitionMachine(RuleBasedStateMachine):
     """The tests are Kafka, and everybody who may write to it."""
 
+    always_replay = False
+
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="durably-fuzz-"))
-        self.lab = Lab(self.folder)
+        self.lab = Lab(self.folder, always_replay=self.always_replay)
         self.lab.registry.workflows["fuzz_timing"] = WorkflowDefinition("fuzz_timing", fuzz_timing)
         self.requests: list[rec.StepRequest] = []
         self.copies = count()
@@ -266,7 +269,7 @@ class PartitionMachine(RuleBasedStateMachine):
             restore = Restore(0, store, EventsOnly(self.lab.events), CATALOGUE, CODEC)
             assert restore.step(60)
             # Not what only this process knows: leases that heartbeats have extended, claims, and counted activations.
-            for kinds in (b"e", b"m", b"b", b"k"):
+            for kinds in (b"e", b"r", b"m", b"b", b"k"):
                 assert content(store, kinds) == content(self.lab.store, kinds)
         finally:
             store.close()
@@ -298,9 +301,16 @@ class EventsOnly:
         """There is nothing to let go of."""
 
 
-def test_a_partition_takes_whatever_it_is_sent() -> None:
+class ReplayingMachine(PartitionMachine):
+    """The same where each input meets a run that is made anew of its log."""
+
+    always_replay = True
+
+
+@pytest.mark.parametrize("machine", [PartitionMachine, ReplayingMachine])
+def test_a_partition_takes_whatever_it_is_sent(machine: type[PartitionMachine]) -> None:
     guards.install()
     try:
-        run_state_machine_as_test(PartitionMachine, settings=budget(12, stateful_step_count=25))
+        run_state_machine_as_test(machine, settings=budget(8, stateful_step_count=25))
     finally:
         guards.uninstall()

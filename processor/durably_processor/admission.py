@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from durably import attributes, tokens
 from durably.broker.port import Message
 from durably.children import LONGEST_REASON
@@ -16,6 +18,8 @@ LATEST = 10_000 * 366 * 24 * 60 * 60 * 1000
 
 KEYED_BY_TOKEN = frozenset({rec.ResumeHook, rec.ClaimToken, rec.ReleaseToken})
 """Records whose key is their token's routing key; that of all others is their run's id."""
+HOMES = 20_000
+"""Keys whose partition is remembered."""
 
 
 class Admission:
@@ -29,7 +33,8 @@ class Admission:
 
     def __init__(self, number: int, catalogue: Catalogue, max_payload_bytes: int) -> None:
         self._number = number
-        self._partitions = catalogue.partitions
+        # Asked for every record, and murmur2 costs as much as decoding one: most are about a run that was asked for before.
+        self._home = lru_cache(HOMES)(lambda key: partition_for(key, catalogue.partitions))
         self._max_payload_bytes = max_payload_bytes
         self._owners: dict[str, frozenset[type[rec.Record]]] = {
             catalogue.commands: frozenset({rec.StartRun, rec.QueryRun, rec.CancelRun, rec.ResumeHook, rec.WatchRun}),
@@ -77,11 +82,11 @@ class Admission:
             raise CodecError(f"run_id {run_id!r:.100}: 1 to {LONGEST_RUN_ID} bytes, printable, without '|'")
         if message.key != key:
             raise CodecError(f"key {message.key!r:.100} is not the run_id {run_id!r}")
+        self._check_home(key)
 
     def _check_start(self, record: rec.StartRun) -> None:
         if record.run_id.startswith(tokens.PREFIX):
             raise CodecError(f"run_id {record.run_id!r} begins with {tokens.PREFIX!r}, which is reserved for hooks")
-        self._check_home(record.run_id.encode())
         try:
             attributes.check_size(record.attributes)
         except RecordTooLarge as e:
@@ -111,7 +116,7 @@ class Admission:
             )
 
     def _check_home(self, key: bytes) -> None:
-        home = partition_for(key, self._partitions)
+        home = self._home(key)
         if home != self._number:
             raise CodecError(
                 f"key {key!r} belongs on partition {home}, not {self._number}: "

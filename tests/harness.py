@@ -122,15 +122,24 @@ class System:
             self._restarter.start()
 
     def start_processor(
-        self, name: str = "p", *, wait: bool = True, registry: Registry = registry, **options: Any
+        self,
+        name: str = "p",
+        *,
+        wait: bool = True,
+        registry: Registry = registry,
+        broker: Broker | None = None,
+        **options: Any,
     ) -> RunningProcessor:
-        """A processor with a data directory of this name; returns when it owns its partitions."""
+        """A processor with a data directory of this name; returns when it owns its partitions.
+
+        ``broker``: its own way to the broker, where the system's is not to be its.
+        """
         ready = threading.Event()
         if not wait:
             ready.set()
-        broker = MortalBroker(self.broker)
-        processor = Processor(broker, self.catalogue, registry, self.folder / name, ready=ready.set, **options)
-        running = RunningProcessor(processor, ready, broker)
+        mortal = MortalBroker(broker or self.broker)
+        processor = Processor(mortal, self.catalogue, registry, self.folder / name, ready=ready.set, **options)
+        running = RunningProcessor(processor, ready, mortal)
         self.processors.append(running)
         return running
 

@@ -80,10 +80,12 @@ class Installation:
         self.processes.append(process)
         return process
 
-    def start(self, role: str, name: str) -> subprocess.Popen[bytes]:
-        """A process that is ready: a processor owns its partitions."""
+    def start(
+        self, role: str, name: str, *, url: str | None = None, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """A process that is ready: a processor owns its partitions. ``url``: as in `spawn`."""
         before = self.log(name).stat().st_size if self.log(name).exists() else 0
-        process = self.spawn(role, name)
+        process = self.spawn(role, name, url=url, environment=environment)
         deadline = time.monotonic() + 60
         while b"ready" not in self.log(name).read_bytes()[before:]:
             assert process.poll() is None, self.log(name).read_text()

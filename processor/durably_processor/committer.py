@@ -87,7 +87,6 @@ class Committer:
         self._plain = plain
         self._transactions = transactions
         self._transactional_id = transactional_id
-        self._owner = OWNER + transactional_id
         self._gathered = _Batch()
         self._busy = False
         self._asked: float | None = None  # since when Kafka owes an answer
@@ -246,9 +245,9 @@ class Committer:
         for number, part in parts.items():
             self._write(number, part, checkpoints)
         self._await_dispatched(batch)
-        offsets = {tp: Committed(offset, self._owner) for part in parts.values() for tp, offset in part.offsets.items()}
+        offsets = {tp: offset for part in parts.values() for tp, offset in part.offsets.items()}
         self._asked = time.monotonic()
-        self._transactions.commit(offsets, group, COMMIT_BOUND)
+        self._transactions.commit(owned(offsets, self._transactional_id), group, COMMIT_BOUND)
         self._asked = None
         if self._abandoned:
             return  # others have gone on meanwhile, from the topics
@@ -343,14 +342,14 @@ def dispatch(turn: Turn, plain: Producer) -> None:
         plain.poll(0)
 
 
+def owned(offsets: Mapping[TP, int], transactional_id: str) -> dict[TP, Committed]:
+    """Offsets that say whose transactions may be open behind them."""
+    return {tp: Committed(offset, OWNER + transactional_id) for tp, offset in offsets.items()}
+
+
 def owner_of(metadata: str) -> str | None:
     """The transactional id of an owner that has not released its partition."""
     return metadata.removeprefix(OWNER) if metadata.startswith(OWNER) else None
-
-
-def owned(offsets: Mapping[TP, int], transactional_id: str) -> dict[TP, Committed]:
-    """Offsets that say who may leave something open behind them."""
-    return {tp: Committed(offset, OWNER + transactional_id) for tp, offset in offsets.items()}
 
 
 def released(offsets: Mapping[TP, int]) -> dict[TP, Committed]:

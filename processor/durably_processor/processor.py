@@ -285,15 +285,14 @@ class Processor:
         tps = self._tps(numbers)
         self._consumer.pause(tps)
         self._environment.queues = self._queues()
-        resolved = self._resolve_predecessors(tps)
+        self._resolve_predecessors(tps)
         committed = self._consumer.committed(tps, 30)
-        if resolved:
-            self._sign({tp: c.offset for tp, c in committed.items() if c.offset >= 0})
         missing = [tp for tp, c in committed.items() if c.offset < 0]
         offsets = {tp: c.offset for tp, c in committed.items()} | (
             self._broker.start_offsets(missing) if missing else {}
         )
         ends = self._broker.end_offsets(tps, committed=True)
+        self._sign(offsets)
         self._consumer.rewind(offsets)
         for number in numbers:
             self._starts[number] = (
@@ -304,10 +303,9 @@ class Processor:
             self._stores[number] = store
             self._restoring[number] = Restore(number, store, self._broker, self._catalogue, self._codec)
 
-    def _resolve_predecessors(self, tps: list[TP]) -> bool:
+    def _resolve_predecessors(self, tps: list[TP]) -> None:
         # Otherwise whatever a killed owner left open would hold back readers until its transaction times out.
         texts = self._broker.group_metadata_of(self._group, tps).values()
-        resolved = False
         for owner in {owner_of(text) for text in texts} - {None, self._transactional_id}:
             assert owner is not None
             log.info("resolving what %s left open", owner)
@@ -316,19 +314,17 @@ class Processor:
                 transactions.init(30)
             finally:
                 transactions.close()
-            resolved = True
-        return resolved
 
     def _sign(self, offsets: dict[TP, int]) -> None:
-        """Puts our name in the place of the predecessors'.
+        """Leaves our name with the offsets before anything is begun: a first transaction that a kill leaves open is found.
 
-        Some of them may be alive, with other partitions, and are fenced by each resolution: two processors that resolved
-        each other at every take-over would never commit anything.
+        It takes the place of the predecessors'. Some of them may be alive, with other partitions, and are fenced by each
+        resolution: two processors that resolved each other at every take-over would never commit anything.
         """
         try:
             self._consumer.commit(owned(offsets, self._transactional_id), wait=True)
-        except BrokerError as e:
-            log.info("the offsets still name the predecessors: %s", e)
+        except BrokerError as e:  # a rebalance, perhaps; the first commit that succeeds will say it
+            log.info("the owner of %s is not noted yet: %s", sorted(offsets), e)
 
     def _activate(self, number: int) -> None:
         positions, ends = self._starts.pop(number)

@@ -8,7 +8,7 @@ from durably.errors import ConfigurationError
 from durably.identifiers import checked_run_id
 from durably.tokens import PREFIX, checked_token
 from durably_processor.admission import Admission
-from durably_processor.committer import OWNER, owner_of, released
+from durably_processor.committer import owned, owner_of, released
 from durably_processor.engine.state import REDISPATCH_MS
 from durably_processor.state.store import Store, Timer, blocked_key, event_key, resume_key, timer_key, token_key
 from durably_schemas import Catalogue
@@ -35,7 +35,7 @@ def test_what_only_a_timer_wrote_carries_the_offsets_of_all_inputs(lab):
 def test_an_owner_is_named_until_it_releases():
     tp = TP("commands", 0)
     assert owner_of(released({tp: 5})[tp].metadata) is None
-    assert owner_of(OWNER + "durably.processor.1") == "durably.processor.1"
+    assert owner_of(owned({tp: 5}, "durably.processor.1")[tp].metadata) == "durably.processor.1"
     assert owner_of("") is None
 
 

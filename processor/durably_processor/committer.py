@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from durably.broker.port import TP, Broker, Committed, Producer, Transactions
 from durably.errors import AccessDenied, BrokerError, Fenced
@@ -16,7 +17,7 @@ from durably_schemas import Catalogue, Codec
 from durably_schemas.records import Reply, ReplyTo
 
 from durably_processor.state.store import CHECKPOINT, SNAPSHOTS, Changes, StoreError
-from durably_processor.turn import Dispatch, Output, Part, Turn
+from durably_processor.turn import Dispatch, Output, Part, Refused, Turn
 
 log = logging.getLogger("durably.processor")
 
@@ -239,15 +240,21 @@ class Committer:
 
     def _commit(self, batch: _Batch, group: object) -> None:
         checkpoints: dict[int, Changes] = {}
+        refused: list[Refused] = []
         with self._changed:
             parts = dict(batch.parts)  # what is lost meanwhile leaves the batch
         self._transactions.begin()
         for number, part in parts.items():
-            self._write(number, part, checkpoints)
+            self._write(number, part, checkpoints, refused)
         self._await_dispatched(batch)
         offsets = {tp: offset for part in parts.values() for tp, offset in part.offsets.items()}
         self._asked = time.monotonic()
-        self._transactions.commit(owned(offsets, self._transactional_id), group, COMMIT_BOUND)
+        try:
+            self._transactions.commit(owned(offsets, self._transactional_id), group, COMMIT_BOUND)
+        except BrokerError as e:
+            if refused:
+                raise refused[0] from e
+            raise
         self._asked = None
         if self._abandoned:
             return  # others have gone on meanwhile, from the topics
@@ -256,14 +263,25 @@ class Committer:
         for part in parts.values():
             self._reply(part)
 
-    def _write(self, number: int, part: Part, checkpoints: dict[int, Changes]) -> None:
+    def _write(self, number: int, part: Part, checkpoints: dict[int, Changes], refused: list[Refused]) -> None:
         send = self._transactions.send
         self._append(self._catalogue.events, part.events, number, CHECKPOINT, checkpoints)
         self._append(self._catalogue.snapshots, part.copies, number, SNAPSHOTS, checkpoints)
         for key, value in part.summaries.items():
             send(self._catalogue.runs, value, key=key)
         for output in part.outputs:
-            send(output.topic, output.value, key=output.key, partition=output.partition)
+            if output.run_id is None:
+                send(output.topic, output.value, key=output.key, partition=output.partition)
+                continue
+
+            def told(error: Exception | None, _: int, output: Output = output) -> None:
+                if error is not None and isinstance(cause := output.failure(error), Refused):
+                    refused.append(cause)
+
+            try:
+                send(output.topic, output.value, key=output.key, on_ack=told)
+            except BrokerError as e:
+                raise output.failure(e) from e
 
     def _append(
         self,
@@ -297,7 +315,7 @@ class Committer:
                     raise BrokerError(f"step-requests are not acknowledged within {COMMIT_BOUND} s")
                 time.sleep(0.0002)
             if dispatch.error is not None:
-                if isinstance(dispatch.error, AccessDenied):
+                if isinstance(dispatch.error, AccessDenied | Refused):
                     raise dispatch.error
                 raise BrokerError(f"a step-request could not be written: {dispatch.error}") from dispatch.error
 
@@ -337,7 +355,10 @@ def dispatch(turn: Turn, plain: Producer) -> None:
         part.early = []
     for output in outputs:
         turn.dispatch.sent += 1
-        plain.send(output.topic, output.value, key=output.key, on_ack=turn.dispatch.on_ack)
+        try:
+            plain.send(output.topic, output.value, key=output.key, on_ack=partial(turn.dispatch.on_ack, output))
+        except BrokerError as e:
+            raise output.failure(e) from e
     if outputs:
         plain.poll(0)
 

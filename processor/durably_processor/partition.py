@@ -5,16 +5,17 @@ from __future__ import annotations
 import heapq
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
 from durably import tokens
 from durably.broker.port import TP, End, Message
-from durably.errors import DurablyError, RecordTooLarge, RunNotFoundError
+from durably.errors import BrokerError, DurablyError, RecordTooLarge, RunNotFoundError
 from durably.failures import summed_up, to_error
 from durably.identifiers import LONGEST_ID
 from durably_schemas import Catalogue, Codec, CodecError
@@ -108,6 +109,7 @@ class Partition:
             that is not deterministic, at the cost of speed.
         max_runs, max_bytes: how many runs, and roughly how many bytes of their logs, stay in memory.
         poisoned: records and runs that could not be handled before.
+        refused: runs whose step-requests Kafka will never take, and why: they are blocked, and send none.
         retention: how long ended runs are kept; None: for ever.
     """
 
@@ -127,6 +129,7 @@ class Partition:
         max_runs: int = 20_000,
         max_bytes: int = 512 * 1024 * 1024,
         poisoned: frozenset[Poison] = frozenset(),
+        refused: Mapping[str, BrokerError] = MappingProxyType({}),
         retention: Retention | None = None,
     ) -> None:
         self.number = number
@@ -141,6 +144,7 @@ class Partition:
         self._always_replay = always_replay
         self._max_runs, self._max_bytes = max_runs, max_bytes
         self._poisoned = poisoned
+        self._refused = refused
         self._runs: OrderedDict[str, _Entry] = OrderedDict()
         self._bytes = 0
         self._blocked: list[str] = []  # still to be tried with this code
@@ -300,8 +304,9 @@ class Partition:
 
     def _guarded_start(self, record: rec.StartRun, at: int, traceparent: str | None) -> tuple[Run, Outcome]:
         history = self._history(record.run_id)
-        if self._caught_up:
-            return Run.start(record, at, self._environment, history, traceparent)
+        refusal = self._refused.get(record.run_id)
+        if self._caught_up or refusal is not None:
+            return Run.start(record, at, self._environment, history, traceparent, refusal)
         with self._counted(record.run_id) as obstacle:
             return Run.start(record, at, self._environment, history, traceparent, obstacle)
 
@@ -554,6 +559,8 @@ class Partition:
         run_id = entry.run.state.header.run_id
         if run_id in self._poisoned:
             return self._blocked_first(entry, DurablyError(f"the processor failed on run {run_id}; see its log"), act)
+        if run_id in self._refused:
+            return self._blocked_first(entry, self._refused[run_id], act)
         if self._caught_up:
             return act()
         # Something ended the previous owner: perhaps one of these runs, by ending the whole process.
@@ -604,8 +611,10 @@ class Partition:
         for timer in entry.stored.changes(state, changes, created):
             if timer.due < self._horizon + WINDOW_MS:  # later ones are on disk by the time their window opens
                 heapq.heappush(self._timers, timer)
-        for queue, request in outcome.requests:
-            output = Output(self._requests_topic(queue), encode(request), request.step_id.encode())
+        for queue, request in outcome.requests if run_id not in self._refused else ():
+            output = Output(
+                self._requests_topic(queue), encode(request), request.step_id.encode(), run_id=request.run_id
+            )
             if early:
                 part.early.append(output)
             else:
@@ -706,7 +715,12 @@ class Partition:
         again: list[str] = []
         for run_id in self._blocked:
             entry = self._entry(run_id)
-            if entry is None or not entry.run.state.header.blocked or run_id in self._poisoned:
+            if (
+                entry is None
+                or not entry.run.state.header.blocked
+                or run_id in self._poisoned
+                or run_id in self._refused
+            ):
                 continue
             if entry.turn > turn.acked:
                 again.append(run_id)  # it is replayed from the store, which must have all of its log

@@ -31,7 +31,7 @@ from durably_processor.partition import Dispatch, Partition, Poison, Poisoned
 from durably_processor.restore import Restore
 from durably_processor.standby import Standby
 from durably_processor.state.store import Store, StoreDamaged
-from durably_processor.turn import Turn
+from durably_processor.turn import Refused, Turn
 from durably_processor.upkeep import Retention, Truncation
 
 log = logging.getLogger("durably.processor")
@@ -117,6 +117,7 @@ class Processor:
         self._starts: dict[int, tuple[dict[str, int], dict[str, int]]] = {}
         self._standby = Standby(broker, catalogue, self._codec, data_dir) if standby else None
         self._poisoned: frozenset[Poison] = frozenset()
+        self._refused: dict[str, BrokerError] = {}  # runs that send what Kafka never takes
         self._number = 0
         self._failed_at = -FAILING
         self._committer: Committer | None = None
@@ -192,6 +193,7 @@ class Processor:
         except (ConfigurationError, AccessDenied):
             raise
         except BrokerError as e:
+            self._blame(e)
             self._distrust(str(e))
             self._stop.wait(RETRY)
 
@@ -219,6 +221,7 @@ class Processor:
             if time.monotonic() - self._failed_at < FAILING:
                 self._stop.wait(RETRY)
             self._failed_at = time.monotonic()
+            self._blame(committer.error)
             if isinstance(committer.error, StoreDamaged):
                 self._rebuild(committer.error)
             else:
@@ -242,6 +245,10 @@ class Processor:
             )
             self._committer.start(self._number)
         return self._committer
+
+    def _blame(self, error: BaseException) -> None:
+        if isinstance(error, Refused):
+            self._refused[error.run_id] = error.why
 
     def _distrust(self, why: str) -> None:
         """Drops everything that is in memory only, and takes every partition over anew."""
@@ -341,6 +348,7 @@ class Processor:
             always_replay=self._always_replay,
             max_runs=self._max_runs,
             poisoned=self._poisoned,
+            refused=self._refused,
             retention=self._retention,
         )
         del self._restoring[number]

@@ -6,18 +6,35 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from durably.broker.port import TP
+from durably.errors import BrokerError, RecordTooLarge, UnknownTopic
 from durably_schemas.records import Reply, ReplyTo
 
 from durably_processor.state.store import Changes, Store
 
 
+class Refused(BrokerError):
+    """Kafka will never take what a run sends; ``why`` is its answer. Trying again would stop all other runs as well."""
+
+    def __init__(self, run_id: str, why: BrokerError) -> None:
+        super().__init__(f"run {run_id}: {why}")
+        self.run_id = run_id
+        self.why = why
+
+
 class Output(NamedTuple):
-    """A record to be written in the transaction."""
+    """A record to be written. ``run_id``: whose step-request it is."""
 
     topic: str
     value: bytes
     key: bytes
     partition: int | None = None
+    run_id: str | None = None
+
+    def failure(self, error: Exception) -> Exception:
+        """What a broker's answer to it means."""
+        if self.run_id is not None and isinstance(error, RecordTooLarge | UnknownTopic):
+            return Refused(self.run_id, error)
+        return error
 
 
 Answer = tuple[ReplyTo, Callable[[], Reply | None]]
@@ -34,10 +51,10 @@ class Dispatch:
         self.acked: list[int] = []  # appended to by whichever thread polls: an append is atomic
         self.error: Exception | None = None
 
-    def on_ack(self, error: Exception | None, offset: int) -> None:
+    def on_ack(self, output: Output, error: Exception | None, offset: int) -> None:
         """The broker's answer to one of them."""
         if error is not None:
-            self.error = error
+            self.error = output.failure(error)
         self.acked.append(offset)
 
     @property

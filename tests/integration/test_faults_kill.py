@@ -11,7 +11,6 @@ import pytest
 from fault_proxy import FaultProxy
 from harness import until
 from installation import SESSION, Installation
-
 from integration.test_takeover import MODULE, RUNS
 
 if TYPE_CHECKING:

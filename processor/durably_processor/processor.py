@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from durably.authoring import Registry
-from durably.broker.acl import required_acls
+from durably.broker.acl import Option, required_acls
 from durably.broker.port import TP, Broker, Consumer, Producer
 from durably.errors import AccessDenied, BrokerError, ConfigurationError
 from durably_schemas import Catalogue, Codec
@@ -415,7 +415,8 @@ class Processor:
         return frozenset(name.removeprefix(prefix) for name in self._broker.topics() if name.startswith(prefix))
 
     def _check_topics(self) -> None:
-        self._broker.require(required_acls("processor", self._catalogue))
+        options: list[Option] = [] if self._retention is None else ["retention"]
+        self._broker.require(required_acls("processor", self._catalogue, options=options))
         names = [*self._inputs, self._catalogue.events, self._catalogue.snapshots]
         found = {topic.name: self._broker.partitions(topic.name) for topic in self._catalogue.topics(())}
         missing = [name for name, count in found.items() if not count]

@@ -15,6 +15,7 @@ from durably_schemas import Catalogue
 from durably_schemas import events as ev
 from durably_schemas import records as rec
 from durably_schemas.catalogue import partition_for
+from durably_schemas.codec import MARKER
 from engine_bench import Bench, once, work
 from partition_lab import CATALOGUE, CODEC, requests
 
@@ -120,10 +121,11 @@ def test_keys_of_one_run_are_never_those_of_another(tmp_path):
     distinct = len(NAMES) * 4 + len(NAMES) ** 2 * 2
     assert len(set(keys)) == distinct
     store = Store(tmp_path / "s")
-    store.write({event_key(name, seq): f"{name}{seq}".encode() for name in NAMES for seq in (1, 2, 256)})
+    value = {(name, seq): MARKER + f"{name}{seq}".encode() for name in NAMES for seq in (1, 2, 256)}
+    store.write({event_key(*place): event for place, event in value.items()})
     for name in NAMES:
-        assert list(store.events(name)) == [f"{name}{seq}".encode() for seq in (1, 2, 256)]
-        assert list(store.events(name, 2)) == [f"{name}{seq}".encode() for seq in (2, 256)]
+        assert list(store.events(name)) == [value[name, seq] for seq in (1, 2, 256)]
+        assert list(store.events(name, 2)) == [value[name, seq] for seq in (2, 256)]
     store.close()
 
 

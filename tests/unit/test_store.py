@@ -10,6 +10,7 @@ import harness
 import pytest
 from durably import sleep, step, workflow
 from durably_processor.state.store import CHECKPOINT, Store, StoreDamaged, event_key
+from durably_schemas.codec import MARKER
 
 COUNT = 300
 
@@ -17,7 +18,8 @@ COUNT = 300
 def filled(path: Path) -> Store:
     store = Store(path)
     for i in range(COUNT):
-        store.write({event_key("run", i): random.Random(i).randbytes(1_000), CHECKPOINT: i.to_bytes(8, "big")})
+        value = MARKER + random.Random(i).randbytes(1_000)
+        store.write({event_key("run", i): value, CHECKPOINT: i.to_bytes(8, "big")})
     return store
 
 

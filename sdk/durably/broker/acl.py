@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     from durably_schemas import Catalogue
 
-Operation = Literal["Alter", "Create", "Describe", "DescribeConfigs", "Read", "Write"]
+Operation = Literal["Alter", "Create", "Delete", "Describe", "DescribeConfigs", "Read", "Write"]
 Resource = Literal["topic", "group", "transactional-id", "cluster"]
 Role = Literal["admin", "processor", "worker", "client", "gateway", "reader", "producer"]
-Option = Literal["starts-runs", "reads-streams", "feeds-streams", "answers-webhooks"]
+Option = Literal["starts-runs", "reads-streams", "feeds-streams", "answers-webhooks", "retention"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 OPTIONS: dict[Option, tuple[Role, ...]] = {
@@ -31,6 +31,7 @@ OPTIONS: dict[Option, tuple[Role, ...]] = {
     "reads-streams": ("worker",),
     "answers-webhooks": ("worker",),
     "feeds-streams": ("client",),
+    "retention": ("processor",),
 }
 """What a role may do beyond what all of its kind do, and which role has the choice."""
 
@@ -137,6 +138,8 @@ def _needs(role: Role, c: Catalogue, queues: tuple[str, ...], options: Collectio
             yield from _admin(c)
         case "processor":
             yield from _processor(c)
+            if "retention" in options:
+                yield ("Delete", "topic", c.events, False, "dropping the beginning of the logs")
         case "worker":
             yield from _worker(c, queues, options)
         case "client":
@@ -172,6 +175,8 @@ def _processor(c: Catalogue) -> Iterator[_Need]:
     )  # fmt: skip
     yield _read(c.events, "the logs, to take over")
     yield _write(c.events, "the logs")
+    yield _read(c.snapshots, "what is kept of logs that outlast a retention, to take over")
+    yield _write(c.snapshots, "the same")
     yield _write(c.signals, "what processors tell each other")
     yield _write(c.commands, "starts and cancellations of children")
     yield _write(c.runs, "summaries")

@@ -34,6 +34,7 @@ def acls(
     feeds_streams: Annotated[
         bool, typer.Option("--feeds-streams", help="Client: it passes iterators as arguments.")
     ] = False,
+    retention: Annotated[bool, typer.Option("--retention", help="Processor: it runs with --retention.")] = False,
     apply: Annotated[bool, typer.Option("--apply", help="Add them; this needs Alter on the cluster.")] = False,
     format: Annotated[  # noqa: A002 - named as the option
         Literal["kafka-acls", "json"], typer.Option(help="Commands of Kafka's own, or one JSON object on each line.")
@@ -54,6 +55,7 @@ def acls(
         "reads-streams": reads_streams,
         "answers-webhooks": answers_webhooks,
         "feeds-streams": feeds_streams,
+        "retention": retention,
     }
     options = [option for option, chosen in wanted.items() if chosen]
     needed = required_acls(role, settings.catalogue, principal, queues=queues, options=options)

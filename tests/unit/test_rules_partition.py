@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from durably.broker.port import TP
 from durably.errors import ConfigurationError
@@ -203,3 +204,18 @@ def test_results_that_wait_for_their_run_keep_their_place_in_line(lab):
     part = lab.turn(start)
     done = [CODEC.decode_as(rec.Event, v) for _, v in part.events]
     assert [e.correlation_id for e in done if e.type == "step_completed"] == [two.step_id, one.step_id]
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_a_runs_streams_is_in_the_transaction_of_its_terminal_event(lab):
+    (request,) = requests(lab.settle(lab.start("chain", 1)), early=True)
+    written = rec.StreamWritten(namespace="default", writer="w", partition=0, first_offset=3, chunks=2)
+    result = CODEC.decode_as(rec.StepResult, lab.answer(request).value)
+    lab.logs[CATALOGUE.results].pop()
+    part = lab.turn(lab.put(CATALOGUE.results, msgspec.structs.replace(result, streams=(written,))))
+    assert [CODEC.decode_as(rec.Event, v).type for _, v in part.events][-1] == "run_completed"
+    (end,) = [CODEC.decode_as(rec.StreamChunk, o.value) for o in part.outputs if o.topic == CATALOGUE.streams]
+    assert (end.kind, end.namespace) == ("END", ""), "which closes all streams of the run"
+    assert part.urgent

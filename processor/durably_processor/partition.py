@@ -50,7 +50,7 @@ WINDOW_MS = 60_000
 """Timers due within this are held in memory; the rest waits in RocksDB."""
 LEASE_GRACE_MS = 20_000
 """After a take-over no lease lapses for this long: its last heartbeats may have been forgotten."""
-TIMERS_A_TURN = 1_000
+TIMERS_A_TURN = 250
 """So that ten thousand that fall due together do not hold up what else arrives."""
 DEADLY = 2
 """Activations of a run that never ended, after which it is blocked instead of tried again."""

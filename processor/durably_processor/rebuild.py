@@ -188,6 +188,7 @@ class Stretch:
             return
         run_id = key.decode()
         known = self._run(run_id)
+        decoded: dict[int, Event] = {}  # by their place among the values
         if known is None and first == 1:
             if types[-1] in _ENDS and len(values) <= LARGEST:
                 self._store_log(run_id, first, values)
@@ -195,29 +196,28 @@ class Stretch:
                 if _RECEIVED in types:
                     self._note_resumes(types, values)
                 return
-            known = self._begin(run_id, self._decoded(values[0]))
+            decoded[0] = self._decoded(values[0])
+            known = self._begin(run_id, decoded[0])
         if known is None or first != known[0].header.seq + 1:
             self._one_by_one(values)
             return
-        last = self._decoded(values[-1])
+        end = len(values) - 1
+        last = decoded[end] = decoded.get(end) or self._decoded(values[end])
         if last.at < known[0].header.created_at:
             return  # of an earlier run with this id, which was purged
         self._store_log(run_id, first, values)
-        self._apply(run_id, known[0], types, values, at, last)
-
-    def _apply(self, run_id: str, state: RunState, types: bytes, values: list[bytes], at: int, last: Event) -> None:
-        """Applies what leaves a trace: what is open at the end, and all that is not about a step or wait."""
-        passed: list[bytes | None] = [None] * len(values)
-        if len(varint(last.seq - len(values) + 1)) == len(varint(last.seq)):  # else types stand at several places: rare
-            passed = _passed(types, values, at)
-        for kind, value, skip in zip(types, values, passed, strict=True):
-            if skip is None:
-                event = self._decoded(value)
+        # Where seqs become a byte longer, types stand at several places: rare enough to decode them all.
+        same = len(varint(first)) == len(varint(last.seq))
+        passed = _passed(types, values, at) if same else [None] * len(values)
+        state = known[0]
+        for place, (kind, value, skip) in enumerate(zip(types, values, passed, strict=True)):
+            if skip is None:  # it leaves a trace: open at the end, or not about a step or wait
+                event = decoded.get(place) or self._decoded(value)
                 state.apply(event)
                 if kind == _RECEIVED:
                     self._note_resume(event)
         state.header.seq, state.header.at = last.seq, last.at
-        self._touched[run_id.encode()] = None
+        self._touched[key] = None
 
     def _note_resumes(self, types: bytes, values: list[bytes]) -> None:
         for kind, value in zip(types, values, strict=True):

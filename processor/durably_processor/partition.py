@@ -307,7 +307,7 @@ class Partition:
         refusal = self._refused.get(record.run_id)
         if self._caught_up or refusal is not None:
             return Run.start(record, at, self._environment, history, traceparent, refusal)
-        with self._counted(record.run_id) as obstacle:
+        with self._counted(record.run_id, 0) as obstacle:
             return Run.start(record, at, self._environment, history, traceparent, obstacle)
 
     def _cancel(self, record: rec.CancelRun, at: int, turn: Turn) -> None:
@@ -564,16 +564,19 @@ class Partition:
         if self._caught_up:
             return act()
         # Something ended the previous owner: perhaps one of these runs, by ending the whole process.
-        with self._counted(run_id) as obstacle:
+        with self._counted(run_id, entry.run.state.header.seq) as obstacle:
             return act() if obstacle is None else self._blocked_first(entry, obstacle, act)
 
     @contextmanager
-    def _counted(self, run_id: str) -> Iterator[DurablyError | None]:
+    def _counted(self, run_id: str, seq: int) -> Iterator[DurablyError | None]:
         """Around an activation that may end the process; an error where it has done so too often to be tried again."""
-        deaths = self.store.begin_activation(run_id)
+        deaths = self.store.begin_activation(run_id, seq)
         why = f"activations of run {run_id} ended their processor {DEADLY} times"
         yield DurablyError(why) if deaths >= DEADLY else None
-        self.store.end_activation(run_id)
+        if deaths >= DEADLY:
+            self.store.forget_activations(run_id)
+        else:
+            self.store.end_activation(run_id, seq)
 
     def _blocked_first(self, entry: _Entry, why: DurablyError, act: Callable[[], Outcome]) -> Outcome:
         events = [] if entry.run.state.header.blocked else entry.run.block(why).events
@@ -742,7 +745,7 @@ class Partition:
         run, state = entry.run, entry.run.state
         run_id = state.header.run_id
         before = (state.header.status, state.header.blocked, state.news)
-        with self._counted(run_id) as obstacle:
+        with self._counted(run_id, state.header.seq) as obstacle:
             outcome = run.unblock() if obstacle is None else run.block(obstacle)
         entry.tainted = turn.number
         self._record(entry, outcome, turn, early=False, before=before)

@@ -145,11 +145,27 @@ def test_a_start_on_the_wrong_partition_names_the_partitioner(tmp_path):
 def test_a_run_that_ended_its_processor_twice_is_blocked_instead_of_tried_again(lab):
     start = lab.start("chain", 1)
     for _ in range(2):
-        lab.store.begin_activation("r1")  # and the process ends
+        lab.store.begin_activation("r1", 0)  # and the process ends
     lab.take_over(lab.positions)
     part = lab.turn(start)
     types = [CODEC.decode_as(rec.Event, v).type for _, v in part.events]
     assert types == ["run_created", "run_blocked"]
+
+
+def test_a_run_is_deadly_also_where_its_start_was_not_committed_and_goes_well_each_time(lab):
+    start = lab.start("chain", 1)
+    (request,) = requests(lab.turn(start), early=True)
+    result = lab.answer(request)
+    for _ in range(2):  # the start is handled again; then the result ends the process
+        lab.partition.drop()
+        lab.take_over(lab.positions)
+        lab.turn(start)
+        assert lab.store.begin_activation("r1", 3) < 2
+    lab.partition.drop()
+    lab.take_over(lab.positions)
+    assert "run_blocked" in types(lab.turn(start, result))
+    lab.partition.drop()
+    assert lab.store.begin_activation("r1", 3) == 0, "with other code it counts anew"
 
 
 def test_what_the_processor_cannot_handle_is_dead_lettered_and_blocks_its_run_alone(lab, monkeypatch):
@@ -275,7 +291,7 @@ def test_no_record_is_too_long_for_the_dead_letters(lab):
 def test_a_run_that_is_deadly_stays_blocked_until_other_code_comes(lab):
     start = lab.start("chain", 1)
     for _ in range(2):
-        lab.store.begin_activation("r1")  # and the process ends
+        lab.store.begin_activation("r1", 0)  # and the process ends
     lab.take_over(lab.positions)
     lab.commit(lab.turn(start))
     lab.partition.drop()

@@ -464,20 +464,38 @@ class Store:
 
     # -- runs that kill their processor ----------------------------------------------------------------------------
 
-    def begin_activation(self, run_id: str) -> int:
-        """Notes, before it, that an activation begins; returns how many before this one never ended.
+    def begin_activation(self, run_id: str, seq: int) -> int:
+        """Notes, before it, that an activation of a log with ``seq`` events begins; returns how many never ended.
 
         Written around activations that follow a crash, so that the owner after next does not die of the same run.
         """
-        key = b"a" + _prefixed(run_id)
-        value = self._get(key)
-        unfinished = int.from_bytes(value, "big") if value else 0
-        self._do(self._db.put, key, (unfinished + 1).to_bytes(2, "big"))
+        at, unfinished = self._unfinished(run_id)
+        self._note_unfinished(run_id, max(at, seq), unfinished + 1)
         return unfinished
 
-    def end_activation(self, run_id: str) -> None:
-        """The activation has ended, however it did."""
-        self._do(self._db.delete, b"a" + _prefixed(run_id))
+    def end_activation(self, run_id: str, seq: int) -> None:
+        """It has ended, however it did, and with it what is known of activations that began no later in the log.
+
+        Those that did not end further on still count: what led to them was perhaps not committed, and is done again.
+        """
+        at, unfinished = self._unfinished(run_id)
+        self._note_unfinished(run_id, at, unfinished - 1 if at > seq else 0)
+
+    def forget_activations(self, run_id: str) -> None:
+        """The run is blocked: with the code that comes next one counts anew."""
+        self._note_unfinished(run_id, 0, 0)
+
+    def _unfinished(self, run_id: str) -> tuple[int, int]:
+        """The furthest point in its log where an activation did not end, and how many did not."""
+        value = self._get(b"a" + _prefixed(run_id))
+        return (int.from_bytes(value[:8], "big"), int.from_bytes(value[8:], "big")) if value else (0, 0)
+
+    def _note_unfinished(self, run_id: str, seq: int, times: int) -> None:
+        key = b"a" + _prefixed(run_id)
+        if times:
+            self._do(self._db.put, key, seq.to_bytes(8, "big") + times.to_bytes(2, "big"))
+        else:
+            self._do(self._db.delete, key)
 
 
 def _after(prefix: bytes) -> bytes:

@@ -22,7 +22,7 @@ from chaos.fleet import CLOCK, Fleet
 from chaos.load import Load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from kafka_cluster import KafkaCluster
 
@@ -65,13 +65,12 @@ def campaign(
     in_flight: int = 300,
     at_once: int = 2,
     workflows: Path = WORKFLOWS,
-    environment: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Starts runs while the schedule is carried out, and on to ``runs`` of them, within ``seconds``; then waits and judges.
 
     The first processor and the first worker reach the broker through a proxy that can lose its answers. ``at_once`` is
-    how many faults there may be at a time; ``workflows`` and ``environment`` are of every process.
+    how many faults there may be at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mail, ledger = folder / "mail", folder / "ledger"
@@ -84,7 +83,7 @@ def campaign(
         folder,
         workflows,
         partitions=partitions,
-        environment=variables | (environment or {}),
+        environment=variables,
     )
     fleet = Fleet(installation, say)
     with FaultProxy(cluster.bootstrap) as proxy:

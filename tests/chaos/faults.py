@@ -337,8 +337,13 @@ def plan(seed: int, names: list[str], count: int) -> list[Planned]:
     return [Planned(chance.uniform(0.5, 4), name, chance.getrandbits(32)) for name in drawn]
 
 
+def _pause(seconds: float) -> Callable[[], bool]:
+    until = time.monotonic() + seconds
+    return lambda: time.monotonic() < until
+
+
 class Injector:
-    """Carries a schedule out; a fault may begin before the one before it is over, but no more than two at once."""
+    """Carries a schedule out; a fault may begin before the one before it is over, but no more than ``at_once``."""
 
     def __init__(self, arena: Arena, schedule: list[Planned], at_once: int = 2) -> None:
         self.arena = arena
@@ -350,13 +355,19 @@ class Injector:
     def run(self, go_on: Callable[[], bool]) -> None:
         """Until the schedule is through, or nobody wants more of it."""
         for planned in self._schedule:
-            until = time.monotonic() + planned.gap
-            while time.monotonic() < until or len(self._running) >= self._at_once:
-                self._running = [f for f in self._running if not f.done()]
-                if not go_on():
-                    break
-                time.sleep(0.05)
-            if not go_on():
+            if not (self._wait(go_on, self._busy) and self._wait(go_on, _pause(planned.gap))):
                 break
             self._running.append(self._pool.submit(self.arena.inject, planned))
         self._pool.shutdown()
+
+    def _busy(self) -> bool:
+        self._running = [f for f in self._running if not f.done()]
+        return len(self._running) >= self._at_once
+
+    @staticmethod
+    def _wait(go_on: Callable[[], bool], while_true: Callable[[], bool]) -> bool:
+        while while_true():
+            if not go_on():
+                return False
+            time.sleep(0.05)
+        return go_on()

@@ -1,7 +1,7 @@
-"""The harness's workflows in a processor whose commits are not what they should be: the checker must find out.
+"""The harness's workflows in a processor that writes without transactions and that nobody can fence.
 
-CHAOS_SABOTAGE=unfenced   each transaction has an id of its own, and no generation: nobody can be fenced
-CHAOS_SABOTAGE=plain      no transactions: records go out one by one, offsets behind them
+Its records are there at once, one by one, its offsets follow in a commit that claims no generation, and it does not
+notice that it stood still. The checker must find out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import confluent_kafka as ck
 from durably.broker.kafka import KafkaBroker, KafkaTransactions
+from durably_processor import processor
 
 from chaos import workflows  # noqa: F401 - registers them
 
@@ -21,34 +22,27 @@ if TYPE_CHECKING:
     from durably.broker.port import TP, Committed
 
 
-class Unfenced(KafkaTransactions):
-    """Transactions that anybody may commit at any time."""
+class Plain(KafkaTransactions):
+    """Takes only the offsets into a transaction, each time under another id."""
 
     def __init__(self, broker: KafkaBroker, transactional_id: str, timeout: float) -> None:
         super().__init__(broker, f"{transactional_id}.{uuid.uuid4().hex}", timeout)
+        self._plain = broker.producer()
         # A consumer that never joins has no member id and no generation, which a coordinator must take on trust.
         group = f"{os.environ['DURABLY_NAMESPACE']}.processor"
         self._stranger = ck.Consumer({"bootstrap.servers": broker.address, "group.id": group})
 
-    def commit(self, offsets: Mapping[TP, Committed], group: object, timeout: float) -> None:
-        super().commit(offsets, self._stranger.consumer_group_metadata(), timeout)
-
-
-class Plain(Unfenced):
-    """Records that are there at once and for good, whatever becomes of the offsets."""
-
-    def __init__(self, broker: KafkaBroker, transactional_id: str, timeout: float) -> None:
-        super().__init__(broker, transactional_id, timeout)
-        self._plain = broker.producer()
-
     def send(self, *args: Any, **options: Any) -> None:
         self._plain.send(*args, **options)
         self._plain.flush(10)
+
+    def commit(self, offsets: Mapping[TP, Committed], group: object, timeout: float) -> None:
+        super().commit(offsets, self._stranger.consumer_group_metadata(), timeout)
 
     def close(self) -> None:
         self._plain.close()
         super().close()
 
 
-SABOTAGE = {"unfenced": Unfenced, "plain": Plain}[os.environ["CHAOS_SABOTAGE"]]
-KafkaBroker.transactions = lambda self, transactional_id, timeout=15: SABOTAGE(self, transactional_id, timeout)  # type: ignore[method-assign]
+KafkaBroker.transactions = lambda self, transactional_id, timeout=15: Plain(self, transactional_id, timeout)  # type: ignore[method-assign]
+processor._Pulse.stood_still = False  # type: ignore[method-assign, assignment]

@@ -39,19 +39,13 @@ def test_runs_of_every_shape_survive_mixed_faults(cluster, tmp_path):
 
 
 @pytest.mark.kafka
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("sabotage", "fault", "count"), [("unfenced", "sigstop-processor", 6), ("plain", "sigkill-processor", 8)]
-)
-def test_the_checker_finds_processors_that_are_not_fenced_or_not_transactional(
-    cluster, tmp_path, monkeypatch, sabotage, fault, count
-):
-    monkeypatch.setattr("chaos.campaign.QUIET", 15.0)  # what is lost will not end
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("fault", "found"), [("sigstop-processor", ": seq ["), ("sigkill-processor", "did not end")])
+def test_processors_without_transactions_and_fences_are_found_out(cluster, tmp_path, monkeypatch, fault, found):
+    monkeypatch.setattr("chaos.campaign.QUIET", 8.0)  # what is lost will not end
     report = campaign(
-        cluster, tmp_path, faults.plan(SEED, [fault], count), seed=SEED, runs=300, seconds=300, processors=2, workers=1,
-        partitions=4, in_flight=100, at_once=1, workflows=SABOTAGED, environment={"CHAOS_SABOTAGE": sabotage},
-        say=print,
+        cluster, tmp_path, faults.plan(SEED, [fault], 3), seed=SEED, runs=0, seconds=200, processors=2, workers=1,
+        partitions=4, in_flight=60, at_once=1, workflows=SABOTAGED, say=print,
     )  # fmt: skip
-    print(report, *report.violations[:20], sep="\n")
-    about_logs = [v for v in report.violations if "no fault about" not in v]
-    assert about_logs
+    print(report, *report.violations, sep="\n")
+    assert any(found in violation for violation in report.violations)

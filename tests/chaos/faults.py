@@ -63,7 +63,7 @@ class Arena:
     Attributes:
         poisons: the poison runs that were started, by their workflow.
         letters: the places of the records that nobody can handle.
-        kills: when which processor was killed while nothing else was wrong.
+        failed: the faults that could not be injected, and why.
     """
 
     def __init__(self, fleet: Fleet, cluster: KafkaCluster, proxy: FaultProxy, load: Load) -> None:
@@ -75,7 +75,6 @@ class Arena:
         self.failed: list[str] = []
         self.poisons: dict[str, str] = {}
         self.letters: set[tuple[str, int, int]] = set()
-        self._added = 0
         self._number = 0
         self._raw = Producer({
             "bootstrap.servers": cluster.bootstrap, "message.max.bytes": TOO_LARGE * 2, "enable.idempotence": "true",
@@ -143,9 +142,8 @@ def sigterm(arena: Arena, chance: random.Random) -> Hurt:
 
 def rebalance(arena: Arena, chance: random.Random) -> Hurt:
     """One comes, and goes again."""
-    arena._added += 1
     role = chance.choice(["processor", "worker"])
-    member = arena.fleet.add(role, f"extra-{role}-{arena._added}")
+    member = arena.fleet.add(role, f"extra-{role}-{arena.unique()}")
     time.sleep(chance.uniform(2, 7))
     arena.fleet.remove(member)
     return member.name, tuple(pid for pid, _ in member.started)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from chaos.history import Execution, History
 
-Rule = "Callable[[History], Iterator[str]]"
 TAKE_OVER_MS = 3_000
 """Beyond the session timeout: after so long a killed owner's partitions must have advanced."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import kafka_cluster
 
-from chaos import faults
+from chaos import faults, verdict
 from chaos.campaign import BROKER, campaign
 
 
@@ -30,6 +30,7 @@ def main() -> int:
         choices=sorted(faults.FAULTS | faults.OF_PROCESSORS),
         help="this one alone; repeatable",
     )
+    parser.add_argument("--gap", type=float, default=0.5, help="at least so many seconds between two faults")
     parser.add_argument("--processors", type=int, default=3)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--in-flight", type=int, default=300, help="how many runs are open at once")
@@ -37,7 +38,7 @@ def main() -> int:
     parser.add_argument("--plan", action="store_true", help="prints the schedule, and does nothing")
     options = parser.parse_args()
     seed = int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed
-    schedule = faults.plan(seed, sorted(options.fault or faults.FAULTS), options.faults)
+    schedule = faults.plan(seed, sorted(options.fault or faults.FAULTS), options.faults, options.gap)
     if options.plan:
         for number, planned in enumerate(schedule, 1):
             say(f"{number:3}  {planned.gap:4.1f} s later  {planned.name}  (seed {planned.seed})")
@@ -61,6 +62,11 @@ def main() -> int:
     finally:
         cluster.stop()
     say(f"\nseed {seed}, {time.strftime('%Y-%m-%d')}\n{report}\n")
+    report.violations += [
+        f"a take-over took {ms} ms, and {verdict.TAKE_OVER_MS} are allowed"
+        for ms in report.take_overs
+        if ms > verdict.TAKE_OVER_MS
+    ]
     for found in report.violations[:100]:
         say(f"VIOLATION  {found}")
     say(f"{len(report.violations)} violations")

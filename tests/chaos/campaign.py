@@ -45,6 +45,7 @@ class Report:
     violations: list[str] = field(default_factory=list)
     table: list[tuple[str, str]] = field(default_factory=list)
     injected: list[Injected] = field(default_factory=list)
+    take_overs: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.table)
@@ -123,7 +124,7 @@ def campaign(
     report.violations += [f"{run_id} did not end" for run_id in sorted(stuck)[:20]]
     report.violations += [f"fault not injected: {why}" for why in arena.failed]
     report.violations += [f"{times} x a client raised {error}" for error, times in load.errors.items()]
-    report.injected = arena.injected
+    report.injected, report.take_overs = arena.injected, verdict.take_overs(found)
     report.table = _table(found, load, fleet, under_faults, took)
     installation.client.close()
     installation.broker.close()

@@ -326,13 +326,16 @@ ABROAD = frozenset({"broker-kill", "broker-pause"})
 """Those that hurt every process."""
 
 
-def plan(seed: int, names: list[str], count: int) -> list[Planned]:
-    """A schedule: the same for the same arguments. Each fault comes once before any is drawn by its weight."""
+def plan(seed: int, names: list[str], count: int, gap: float = 0.5) -> list[Planned]:
+    """A schedule: the same for the same arguments. Each fault comes once before any is drawn by its weight.
+
+    ``gap``: the least number of seconds between two; up to 3.5 more are drawn.
+    """
     chance = random.Random(seed)
     first = chance.sample(names, len(names))
     weights = [OFTEN.get(name, 1) for name in names]
     drawn = (first + chance.choices(names, weights, k=max(0, count - len(first))))[:count]
-    return [Planned(chance.uniform(0.5, 4), name, chance.getrandbits(32)) for name in drawn]
+    return [Planned(gap + chance.uniform(0, 3.5), name, chance.getrandbits(32)) for name in drawn]
 
 
 def _pause(seconds: float) -> Callable[[], bool]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from durably import payloads
 from durably_schemas import events as ev
+from installation import SESSION
 
 from chaos.faults import ABROAD, AFTERMATH_MS
 from chaos.shapes import PLAIN, SHAPES, STREAM
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
     from chaos.history import Execution, History
 
-TAKE_OVER_MS = 3_000
-"""Beyond the session timeout: after so long a killed owner's partitions must have advanced."""
+TAKE_OVER_MS = round(SESSION * 1000) + 3_000
+"""After so long a killed owner's partitions must have advanced."""
 
 
 def violations(history: History) -> list[str]:

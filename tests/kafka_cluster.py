@@ -57,9 +57,10 @@ SETTINGS = {
     "share.coordinator.state.topic.min.isr": "1",
     "group.initial.rebalance.delay.ms": "0",
     "auto.create.topics.enable": "false",
-    # The registration of a killed broker must lapse before it may come back: 9 s by default.
-    "broker.session.timeout.ms": "1000",
-    "broker.heartbeat.interval.ms": "250",
+    # The registration of a killed broker must lapse before it may come back: 9 s by default. With much less, a broker
+    # on a busy machine counts itself as dead.
+    "broker.session.timeout.ms": "5000",
+    "broker.heartbeat.interval.ms": "1000",
     # Tests of abandoned transactions would wait for the coordinator's scan: 10 s by default.
     "transaction.abort.timed.out.transaction.cleanup.interval.ms": "500",
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import kafka_cluster
 
 from chaos import faults, verdict
-from chaos.campaign import BROKER, campaign
+from chaos.campaign import campaign
 
 
 def main() -> int:
@@ -45,7 +45,7 @@ def main() -> int:
         return 0
     folder = options.folder or Path(tempfile.mkdtemp(prefix="durably-chaos-"))
     say(f"seed {seed}; logs and stores in {folder}")
-    cluster = kafka_cluster.start(BROKER)
+    cluster = kafka_cluster.start()
     try:
         report = campaign(
             cluster,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import checker
-import kafka_cluster
 from durably_schemas.records import TERMINAL
 from fault_proxy import FaultProxy
 from installation import SESSION, Installation
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
 
 WORKFLOWS = Path(__file__).with_name("workflows.py")
 SABOTAGED = Path(__file__).with_name("sabotaged.py")
-BROKER = kafka_cluster.OPEN._replace(
-    settings={"broker.session.timeout.ms": "6000", "broker.heartbeat.interval.ms": "1000"}
-)
-"""So that a broker on a busy machine does not count itself as dead; it takes as long to come back from a SIGKILL."""
 QUIET = 180.0
 """Seconds without the end of any run, after the last fault, for which one waits for the next."""
 WARM = 20

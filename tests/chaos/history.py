@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import checker
+import msgspec
 from durably.broker.port import TP, End
 from durably_processor.state.store import Store, StoreDamaged, event_key
 from durably_schemas import Codec
 from durably_schemas import events as ev
+from durably_schemas.codec import MARKER
 from durably_schemas.records import DeadLetter, Event, StreamChunk
 
 if TYPE_CHECKING:
@@ -125,8 +127,11 @@ def strangers(history: History, stores: list[Path]) -> list[str]:
         store = Store(path)
         try:
             for key, value in store._scan(b"e"):
-                if known.get(key) != codec.decode_as(Event, value):
-                    found.append(f"{path.parts[-3]}/{path.name} holds an event that the topic does not: {key!r}")
+                # One event, or what a rebuild has put together: a list, under the key of the last.
+                for data in [value] if value[:2] == MARKER else msgspec.msgpack.decode(value, type=list[bytes]):
+                    event = codec.decode_as(Event, data)
+                    if known.get(event_key(event.run_id, event.seq)) != event:
+                        found.append(f"{path.parts[-3]}/{path.name} holds an event that the topic does not: {event}")
         except StoreDamaged:
             continue  # nobody has opened it since a fault damaged it
         finally:

@@ -6,7 +6,7 @@ import kafka_cluster
 import pytest
 
 from chaos import faults
-from chaos.campaign import BROKER, SABOTAGED, campaign
+from chaos.campaign import SABOTAGED, campaign
 
 SHORT = [
     "sigkill", "sigstop", "broker-kill", "rebalance", "delete-store", "corrupt-store", "bad-records",
@@ -18,7 +18,7 @@ SEED = 20
 @pytest.fixture(scope="module")
 def cluster():
     try:
-        started = kafka_cluster.start(BROKER)
+        started = kafka_cluster.start()
     except kafka_cluster.Unavailable as error:
         pytest.fail(str(error), pytrace=False)
     yield started

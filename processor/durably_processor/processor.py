@@ -369,18 +369,18 @@ class Processor:
     def on_revoked(self, partitions: Sequence[int]) -> None:
         """Commits what is under way for a bounded time, marks the partitions released, and lets go."""
         committer = self._committer
-        clean = committer is not None and committer.drain(DRAIN, self._consumer.group_metadata())
-        if clean:
-            offsets = {
-                tp: o for n in partitions if n in self._partitions for tp, o in self._partitions[n].offsets().items()
-            }
-            try:
-                if offsets:
-                    self._consumer.commit(released(offsets), wait=True)
-            except BrokerError as e:
-                log.warning("partitions %s could not be marked released: %s", list(partitions), e)
+        # What is only being restored bears our name, and nothing of ours is under way there.
+        offsets = {TP(t, n): o for n in partitions if n in self._starts for t, o in self._starts[n][0].items()}
+        if committer is not None and committer.drain(DRAIN, self._consumer.group_metadata()):
+            for partition in (self._partitions[n] for n in partitions if n in self._partitions):
+                offsets |= partition.offsets()
         elif committer is not None:
             committer.drop(list(partitions))
+        try:
+            if offsets:
+                self._consumer.commit(released(offsets), wait=True)
+        except BrokerError as e:
+            log.warning("partitions %s could not be marked released: %s", list(partitions), e)
         self._let_go(partitions)
 
     def on_lost(self, partitions: Sequence[int]) -> None:
@@ -404,6 +404,7 @@ class Processor:
         restore = self._restoring.pop(number, None)
         if restore is not None:
             restore.close()
+        self._starts.pop(number, None)
         store = self._stores.pop(number, None)
         if store is not None:
             store.close()

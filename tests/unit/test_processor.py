@@ -174,3 +174,27 @@ def test_a_predecessor_is_resolved_once_also_where_its_successor_takes_over_agai
     assert resolved.count(first._processor._transactional_id) == 1
     assert resolved.count(second._processor._transactional_id) == 4
     system.close()
+
+
+def test_what_was_only_being_restored_is_released_too_and_its_owner_not_fenced(tmp_path, namespace, monkeypatch):
+    from durably.broker.embedded_broker import EmbeddedTransactions
+    from durably_processor.restore import Restore
+
+    init, step_, resolved, held = EmbeddedTransactions.init, Restore.step, [], [True]
+
+    def notes(self, timeout):
+        resolved.append(self._id)
+        return init(self, timeout)
+
+    monkeypatch.setattr(EmbeddedTransactions, "init", notes)
+    monkeypatch.setattr(Restore, "step", lambda self, seconds: not held[0] and step_(self, seconds))
+    system = harness.System(f"embedded:{tmp_path}/b", namespace, tmp_path)
+    first = system.start_processor("first", wait=False)
+    harness.until(lambda: first._processor._starts)
+    second = system.start_processor("second", wait=False)
+    harness.until(lambda: second._processor._starts)
+    held[0] = False
+    system.start_worker()
+    assert [system.client.start(one_step).result(30) for _ in range(10)] == [1] * 10
+    assert len(resolved) == len(set(resolved)) == 2, "each resolves itself, at its beginning"
+    system.close()

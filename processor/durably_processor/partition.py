@@ -211,6 +211,8 @@ class Partition:
             record = self._codec.decode(message.value)
             self._admission.check(message, record)
         except CodecError as e:
+            if self._held(message):
+                return
             self._dead_letter(message, str(e), turn)
             self._refuse(record, str(e), turn)
             return
@@ -279,6 +281,14 @@ class Partition:
         if not self._complete:
             self._parked.append(message)
         return not self._complete
+
+    def _held(self, message: Message) -> bool:
+        """Whether one that cannot be handled must wait, since it would be read again, and be two dead letters."""
+        for waiting in (self._parked, self._late):
+            if any(earlier.topic == message.topic for earlier in waiting):
+                waiting.append(message)
+                return True
+        return False
 
     def _start(self, message: Message, record: rec.StartRun, turn: Turn) -> None:
         entry = self._entry(record.run_id)

@@ -254,10 +254,12 @@ class Processor:
         """Drops everything that is in memory only, and takes every partition over anew."""
         log.warning("taking over again: %s", why)
         self._pulse.reset()
-        if self._committer is not None:  # there was time for the producer to break, too
+        begun = self._committer is not None
+        # First, so that what was dispatched early can still be committed: else it would be dispatched again.
+        self._restoring.update(dict.fromkeys(self._drop_everything()))
+        if begun:  # there was time for the producer to break, too
             threading.Thread(target=self._plain.close, name="durably-close", daemon=True).start()
             self._plain = self._broker.producer()
-        self._restoring.update(dict.fromkeys(self._drop_everything()))
 
     def _rebuild(self, damaged: StoreDamaged) -> None:
         self._distrust(str(damaged))

@@ -126,7 +126,7 @@ def strangers(history: History, stores: list[Path]) -> list[str]:
             continue
         store = Store(path)
         try:
-            for key, value in store._scan(b"e"):
+            for _, value in store._scan(b"e"):
                 # One event, or what a rebuild has put together: a list, under the key of the last.
                 for data in [value] if value[:2] == MARKER else msgspec.msgpack.decode(value, type=list[bytes]):
                     event = codec.decode_as(Event, data)

@@ -357,3 +357,18 @@ def test_who_asks_about_a_blocked_run_that_goes_on_is_not_told_that_it_has_ended
     part = lab.settle(ask)
     assert "run_unblocked" in types(part)
     assert [make() for _, make in part.answers] == [None]
+
+
+def test_a_bad_record_behind_one_that_waits_is_one_dead_letter_though_it_is_read_twice(lab):
+    (request,) = requests(lab.settle(lab.start("chain", 1)), early=True)
+    early = lab.answer(request)  # read before its run is known
+    bad = lab.put(CATALOGUE.results, b"no record", b"r1")
+    start = lab.logs[CATALOGUE.commands][0]
+    lab.store.clear()
+    lab.events.clear()
+    lab.take_over(dict.fromkeys(lab.logs, 0))
+    part = lab.settle(early, bad)
+    assert (part.outputs, part.offsets.get(TP(CATALOGUE.results, 0), 0)) == ([], 0)
+    part = lab.settle(start)
+    assert [o.topic for o in part.outputs] == [CATALOGUE.dead_letters]
+    assert part.offsets[TP(CATALOGUE.results, 0)] == 2

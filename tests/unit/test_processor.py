@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections import Counter
 
 import harness
 import pytest
-from durably import get_step_metadata, step, workflow
+from durably import DurablyError, get_step_metadata, step, workflow
 from durably_processor import committer
 from durably_processor.partition import Partition
 from durably_processor.processor import Processor
@@ -197,4 +199,47 @@ def test_what_was_only_being_restored_is_released_too_and_its_owner_not_fenced(t
     system.start_worker()
     assert [system.client.start(one_step).result(30) for _ in range(10)] == [1] * 10
     assert len(resolved) == len(set(resolved)) == 2, "each resolves itself, at its beginning"
+    system.close()
+
+
+def test_a_record_that_cannot_be_handled_makes_no_other_step_run_twice(tmp_path, namespace, monkeypatch):
+    """What was dispatched early is still committed, before everything is taken over again."""
+    from durably.broker.embedded_broker import EmbeddedProducer
+
+    system = harness.System(f"embedded:{tmp_path}/b", namespace, tmp_path)
+    handle, poisoned = Partition._dispatch_record, []
+    close, done = EmbeddedProducer.close, []
+
+    def breaks(self, message, record, turn):
+        if getattr(record, "run_id", "") == "poison-run":
+            poisoned.append(message.offset)
+            raise RuntimeError("as if")
+        handle(self, message, record, turn)
+
+    write = committer.Committer._commit
+
+    def slowly(self, batch, group):
+        time.sleep(0.3)  # so that a commit is under way, and another gathered, when the poison comes
+        write(self, batch, group)
+        done.append(self)
+
+    def closes(self):
+        done.append("closed")
+        close(self)
+
+    monkeypatch.setattr(EmbeddedProducer, "close", closes)
+    monkeypatch.setattr(Partition, "_dispatch_record", breaks)
+    monkeypatch.setattr(committer.Committer, "_commit", slowly)
+    system.start_processor()
+    system.start_worker()
+    ran.clear()
+    runs = [system.client.start(counted_steps) for _ in range(5)]
+    with contextlib.suppress(DurablyError):
+        system.client.options(run_id="poison-run").start(one_step)
+    assert [run.result(60) for run in runs] == [3] * 5
+    assert len(poisoned) == 1
+    assert set(Counter(ran).values()) == {1}
+    before, after = done[: done.index("closed")], done[done.index("closed") :]
+    assert before, "a commit was under way"
+    assert not {*before} & {*after}, "its producer was not closed before it was through"
     system.close()

@@ -218,7 +218,7 @@ class Committer:
                 if not e.stale or time.monotonic() > end:
                     raise
                 self._asked = None
-                group = self._newer(e, end)
+                group = self._newer(group, e, end)
                 self._asked = time.monotonic()  # Kafka owes an answer to the following as well
                 self._transactions.close()
                 self._transactions = self._broker.transactions(self._transactional_id)
@@ -227,11 +227,12 @@ class Committer:
                 if self._abandoned:  # a successor's producer comes with the same id: it, or its end, must be the later
                     raise
 
-    def _newer(self, refused: Fenced, end: float) -> object:
+    def _newer(self, group: object, refused: Fenced, end: float) -> object:
         """The group's metadata, as soon as they are newer than those that were refused."""
         with self._changed:
-            self._outdated = True
-            while self._outdated:
+            # A revoke may have handed newer ones over while these were on their way; it waits, and so no poll follows.
+            self._outdated = self._group is group
+            while self._outdated or self._stopped:
                 left = end - time.monotonic()
                 if left <= 0 or self._stopped:
                     raise refused

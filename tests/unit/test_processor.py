@@ -10,9 +10,15 @@ from collections import Counter
 import harness
 import pytest
 from durably import DurablyError, get_step_metadata, step, workflow
+from durably.broker.port import TP
+from durably.errors import Fenced
 from durably_processor import committer
+from durably_processor.committer import Committer
 from durably_processor.partition import Partition
 from durably_processor.processor import Processor
+from durably_processor.turn import Turn
+from fake_broker import FakeBroker, FakeTransactions
+from partition_lab import CATALOGUE, CODEC
 
 
 @step
@@ -66,7 +72,6 @@ def test_what_was_read_and_not_handed_over_is_not_committed_on_the_way_out(tmp_p
 
 def test_a_commit_that_hangs_is_made_good_by_taking_over_anew(tmp_path, namespace, monkeypatch):
     from durably.broker.embedded_broker import EmbeddedTransactions
-    from durably.errors import Fenced
 
     system = harness.System(f"embedded:{tmp_path}/b", namespace, tmp_path)
     monkeypatch.setattr(committer, "OVERDUE", 0.3)
@@ -115,7 +120,6 @@ def test_a_commit_that_fails_is_made_good_by_taking_over_anew(tmp_path, namespac
 
 def test_a_commit_with_outdated_group_metadata_is_made_again_and_no_step_runs_twice(tmp_path, namespace, monkeypatch):
     from durably.broker.embedded_broker import EmbeddedTransactions
-    from durably.errors import Fenced
 
     system = harness.System(f"embedded:{tmp_path}/b", namespace, tmp_path)
     commit, left, asked = EmbeddedTransactions.commit, [6], []
@@ -141,6 +145,41 @@ def test_a_commit_with_outdated_group_metadata_is_made_again_and_no_step_runs_tw
     assert set(Counter(ran).values()) == {1}
     assert [e.seq for e in runs[0].events()] == list(range(1, 13))
     system.close()
+
+
+def test_a_commit_that_is_refused_while_a_revoke_waits_for_it_takes_the_metadata_of_the_revoke(lab, monkeypatch):
+    """No poll comes before the revoke has ended: whoever waited for one would not be done in time."""
+    committed: list[object] = []
+    under_way, revoking = threading.Event(), threading.Event()
+
+    def refuses(self, offsets, group, timeout):
+        under_way.set()
+        if group == "before the revoke":
+            revoking.wait(10)
+            refusal = Fenced("the group has moved on")
+            refusal.stale = True
+            raise refusal
+        committed.append(group)
+
+    monkeypatch.setattr(FakeTransactions, "commit", refuses)
+    broker = FakeBroker()
+    broker.create(CATALOGUE.topics())
+    thread = Committer(broker, CATALOGUE, CODEC, broker.producer(), broker.transactions("t"), "t")
+    thread.start(0)
+    turn = Turn(1, 0)
+    turn.part(0, lab.store).offsets = {TP(CATALOGUE.commands, 0): 1}
+    thread.add(turn, "before the revoke")
+    assert under_way.wait(10)
+    renew = thread.renew
+
+    def renewed(group):
+        renew(group)
+        revoking.set()
+
+    monkeypatch.setattr(thread, "renew", renewed)
+    assert thread.drain(8, "in the revoke")
+    assert committed == ["in the revoke"]
+    thread.stop(5)
 
 
 def test_a_predecessor_is_resolved_once_also_where_its_successor_takes_over_again(tmp_path, namespace, monkeypatch):

@@ -512,7 +512,7 @@ MAY_WRITE: dict[tuple[Role, tuple[Option, ...]], set[str]] = {
     ("worker", ()): {"results", "streams", "dead-letters"},
     ("worker", ("starts-runs",)): {"results", "streams", "dead-letters", "commands"},
     ("worker", ("answers-webhooks",)): {"results", "streams", "dead-letters", "replies"},
-    ("processor", ()): {"commands", "signals", "events", "runs", "requests.default", "replies", "streams",
+    ("processor", ()): {"commands", "signals", "events", "snapshots", "runs", "requests.default", "replies", "streams",
                         "dead-letters"},
 }  # fmt: skip
 
@@ -559,6 +559,20 @@ def test_each_topic_that_a_process_lacks_is_named_before_it_begins(roles: Roles,
             assert acl.command(broker.address) in str(told.value)
             assert str(told.value).count("--add") == 1
             roles.secured.grant([acl])
+
+
+def test_a_retention_needs_delete_on_events_and_is_told_so_before_anything_is_dropped(roles: Roles) -> None:
+    events = TP(roles.catalogue.events, 0)
+    forbidden, allowed = roles.broker("processor"), roles.broker("processor", "retention")
+    assert written(allowed, events.topic) is None
+    needed = required_acls("processor", roles.catalogue, options=["retention"])
+    until(lambda: permitted(allowed, needed))
+    for refused in (lambda: forbidden.require(needed), lambda: forbidden.truncate({events: 0})):
+        with pytest.raises(AccessDenied, match=f"--operation Delete --topic {events.topic}"):
+            refused()
+    (end,) = allowed.end_offsets([events]).values()
+    allowed.truncate({events: end})
+    assert allowed.start_offsets([events]) == {events: end}
 
 
 def permitted(broker: KafkaBroker, acls: Iterable[Acl]) -> bool:

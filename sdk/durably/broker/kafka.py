@@ -105,6 +105,7 @@ _LEADERSHIP = {
 _OPERATIONS: dict[Operation, AclOperation] = {
     "Alter": AclOperation.ALTER,
     "Create": AclOperation.CREATE,
+    "Delete": AclOperation.DELETE,
     "Describe": AclOperation.DESCRIBE,
     "DescribeConfigs": AclOperation.DESCRIBE_CONFIGS,
     "Read": AclOperation.READ,
@@ -939,7 +940,7 @@ class KafkaBroker:
     def truncate(self, offsets: Mapping[TP, int], timeout: float = 30) -> None:
         """See `Broker.truncate`. Files go when the broker next looks for what to delete."""
         for tp, future in self._admin.delete_records(_positions(offsets), request_timeout=timeout).items():
-            self._done(future, f"truncating {tp.topic}")
+            self._done(future, f"truncating {tp.topic}", "Delete", tp.topic)
 
     def close(self) -> None:
         """See `Broker.close`."""

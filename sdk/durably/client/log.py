@@ -11,16 +11,17 @@ from durably.client.exchange import Command, answer, answer_async, query
 from durably.client.outcome import summary_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from durably_schemas import Codec
 
     from durably.client.connection import Connection
 
 
 class _Pages:
-    """What has been read, and which page comes next."""
+    """Which page comes next."""
 
     def __init__(self, run_id: str, codec: Codec) -> None:
-        self.events: list[Event] = []
         self._run_id = run_id
         self._codec = codec
         self._next: int | None = 1
@@ -28,32 +29,36 @@ class _Pages:
     def next(self) -> Command | None:
         return None if self._next is None else query(self._run_id, "EVENTS", self._next)
 
-    def take(self, reply: Reply) -> None:
+    def take(self, reply: Reply) -> list[Event]:
         summary_of(reply, self._run_id)
-        self.events += [self._codec.decode_as(Event, data) for data in reply.events]
         self._next = reply.next_seq
+        return [self._codec.decode_as(Event, data) for data in reply.events]
 
     def first(self, reply: Reply) -> RunCreated:
-        self.take(reply)
-        created = self.events[0].data
+        created = self.take(reply)[0].data
         assert isinstance(created, RunCreated)  # the first entry of every log
         return created
 
 
-def read_log(connection: Connection, run_id: str) -> list[Event]:
-    """All events of a run that are committed by now. Raises `RunNotFoundError`, or `TimeoutError`."""
+def log_pages(connection: Connection, run_id: str) -> Iterator[list[Event]]:
+    """All events of a run that are committed by now, some at a time. Raises `RunNotFoundError`, or `TimeoutError`."""
     pages = _Pages(run_id, connection.codec)
     while (command := pages.next()) is not None:
-        pages.take(answer(connection, run_id, command))
-    return pages.events
+        yield pages.take(answer(connection, run_id, command))
+
+
+def read_log(connection: Connection, run_id: str) -> list[Event]:
+    """As `log_pages`, at once."""
+    return [event for page in log_pages(connection, run_id) for event in page]
 
 
 async def read_log_async(connection: Connection, run_id: str) -> list[Event]:
     """As `read_log`."""
     pages = _Pages(run_id, connection.codec)
+    events: list[Event] = []
     while (command := pages.next()) is not None:
-        pages.take(await answer_async(connection, run_id, command))
-    return pages.events
+        events += pages.take(await answer_async(connection, run_id, command))
+    return events
 
 
 def creation(connection: Connection, run_id: str) -> RunCreated:

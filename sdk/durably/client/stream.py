@@ -16,7 +16,7 @@ from durably import chunks, failures
 from durably.client.exchange import answer, query
 from durably.client.log import read_log, streams_written
 from durably.client.outcome import summary_of
-from durably.client.tail import CLOCK_SKEW_MS, Tail, end_of, partition_of
+from durably.client.tail import Tail, end_of, partition_of
 from durably.errors import BrokerError, DurablyError, RunNotFoundError, SerializationError, UnknownTopic
 from durably.streams import bound_to, checked_namespace
 
@@ -34,6 +34,8 @@ BATCH_BYTES = 4 * 1024 * 1024  # of payloads that one poll is to bring, as far a
 BATCH = 1_000  # records that it may bring
 REOPEN = 0.05  # seconds before a reader that failed is made anew; doubles with each failure in a row
 LONGEST_REOPEN = 2.0
+CLOCK_SKEW_MS = 10_000
+"""How far the clocks of brokers may differ, which stamp the records: a search by time begins this much earlier."""
 _KEEP = "raise the topic's retention.ms, and see that its message.timestamp.type is LogAppendTime"
 
 

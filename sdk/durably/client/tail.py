@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from durably_schemas import CodecError
@@ -11,17 +12,13 @@ from durably_schemas.events import RunCancelled, RunCompleted, RunFailed
 from durably_schemas.records import Event, Record
 
 from durably.broker.port import TP, End, Message, Reader
-from durably.client.exchange import answer, query
-from durably.client.outcome import summary_of
+from durably.client.log import log_pages
 from durably.errors import DurablyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from durably.client.connection import Connection
-
-CLOCK_SKEW_MS = 10_000
-"""How far the clocks of brokers may differ, which stamp the records: a search by time begins this much earlier."""
 
 _MAY_BE_GONE = 10.0  # seconds that a record of a topic lives at the very least
 _POLL = 0.25  # seconds; a tail is closed by the thread that polls it, between two polls
@@ -139,27 +136,25 @@ def follow_events(connection: Connection, run_id: str) -> Iterator[list[Event]]:
         RunNotFoundError: there is no such run.
         TimeoutError: no processor answered.
     """
-    topic = connection.catalogue.events
-    created_at = summary_of(answer(connection, run_id, query(run_id, "SUMMARY")), run_id).created_at
-    tp = partition_of(connection, run_id, topic)
-    end = connection.broker.end_offsets([tp])[tp]
-    start = connection.broker.offsets_at([tp], created_at - CLOCK_SKEW_MS)[tp]
-    tail = Tail(connection, run_id, {topic: start})
+    tp = partition_of(connection, run_id, connection.catalogue.events)
+    # What is committed by now is the processor's to tell: `events` may have lost its beginning, and may still hold an
+    # older run with this ID. What comes later lies behind this end, which is taken first.
+    end = connection.broker.end_offsets([tp], committed=True)[tp]
+    tail = Tail(connection, run_id, {tp.topic: end})
     seen = 0
     try:
-        while True:
-            events = [e for _, e in tail.poll() if isinstance(e, Event) and e.run_id == run_id and e.seq > seen]
-            first = events[0].seq if events else seen
-            if seen == 0 and start > 0 and (first > 1 or (first == 0 and tail.position(topic) >= end)):
-                # The topic's time is not the brokers', and the search was misled. This topic keeps everything.
-                tail.close()
-                start = 0
-                tail = Tail(connection, run_id, {topic: connection.broker.start_offsets([tp])[tp]})
-                continue
-            if events:
-                seen = events[-1].seq
-            yield events
-            if any(isinstance(e.data, RunCompleted | RunFailed | RunCancelled) for e in events):
+        for events in chain(log_pages(connection, run_id), _polled(tail, run_id)):
+            new = [e for e in events if e.seq > seen]
+            if new:
+                seen = new[-1].seq
+            yield new
+            if any(isinstance(e.data, RunCompleted | RunFailed | RunCancelled) for e in new):
                 return
     finally:
         tail.close()
+
+
+def _polled(tail: Tail, run_id: str) -> Iterator[list[Event]]:
+    while True:
+        # Events of custom tokens have keys that look the same.
+        yield [e for _, e in tail.poll() if isinstance(e, Event) and e.run_id == run_id]

@@ -22,7 +22,9 @@ URL_FORMS = "kafka://host:port[,host:port…] or embedded:PATH"
 EMBEDDED = "embedded:"
 EMBEDDED_PARTITIONS = 4
 KAFKA_PREFIX = "DURABLY_KAFKA_"
-SHORTEST_RETENTION_MS = 1_000
+SHORTEST_RETENTION_MS = 20_000
+"""Twice what the clocks of brokers may differ by. Readers of streams begin so much before a run does, and must not find
+there what an older run with its ID has left."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,7 +143,7 @@ class _Source:
         except ValueError:
             length = 0
         if length < SHORTEST_RETENTION_MS:
-            raise self._bad("retention", given, value, 'use a duration of a second or more, such as "30d"')
+            raise self._bad("retention", given, value, 'use a duration of 20 s or more, such as "30d"')
         return length
 
     def standby(self, given: bool | None) -> bool:

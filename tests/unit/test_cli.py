@@ -626,6 +626,17 @@ def test_help_is_quick() -> None:
     assert spent() - before < 1  # of processor time; about a third of that where nothing else runs
 
 
+@pytest.mark.parametrize("command", ["processor MODULE", "dev MODULE --path x", "runs list"])
+@pytest.mark.parametrize(("variable", "value"), [("STANDBY", "true"), ("RETENTION", "5x"), ("RETENTION", "0")])
+def test_every_command_reads_the_settings_of_a_processor_alike(
+    command: str, variable: str, value: str, durably_: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"DURABLY_{variable}", value)
+    result = durably_(*command.split())
+    assert result.exit_code == 1
+    assert f"DURABLY_{variable} is '{value}': use " in result.stderr
+
+
 # permissions
 
 

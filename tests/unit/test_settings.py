@@ -59,7 +59,7 @@ def test_arguments_stand_before_the_environment_and_empty_variables_count_as_uns
         ("STANDBY", "maybe"),
         ("RETENTION", "soon"),
         ("RETENTION", "-1s"),
-        ("RETENTION", "500ms"),
+        ("RETENTION", "19s"),
     ],
 )
 def test_a_bad_value_is_named_with_its_variable_and_the_remedy(name: str, value: str) -> None:

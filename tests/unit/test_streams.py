@@ -27,6 +27,7 @@ from durably.errors import (
     UnknownTopic,
 )
 from durably.runtime import StepContext, step_context
+from durably.settings import SHORTEST_RETENTION_MS
 from durably.streams import Readable, Writable, bound_run, bound_to, checked_namespace, get_writable
 from durably.worker import writers as writers_module
 from durably.worker.clock import SystemClock
@@ -626,6 +627,20 @@ def test_the_log_of_a_run_is_followed_from_its_beginning_however_little_of_event
             processor.event("a", RunStarted())
             processor.complete("a", None)
     assert followed == [1, 2, 3, 4, 5]
+
+
+def test_a_stream_has_nothing_of_an_older_run_that_was_purged_after_the_shortest_retention(
+    broker: ScriptedBroker, processor: ScriptedProcessor, client: Client
+) -> None:
+    tp = TP(CATALOGUE.streams, partition_for(b"a", 3))
+    for value in ("old", "new"):
+        broker.logs[tp] = [m._replace(timestamp=m.timestamp - SHORTEST_RETENTION_MS) for m in broker.logs[tp]]
+        processor.runs.pop("a", None)
+        processor.start("a")
+        processor.chunk("a", "default", 1, value)
+        processor.chunk("a", "", 0, writer="", end=True)
+        processor.complete("a", None)
+        assert list(client.get_run("a").stream()) == [value]
 
 
 def _chunk(n: int) -> bytes:

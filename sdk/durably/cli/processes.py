@@ -31,9 +31,8 @@ Queues = Annotated[
 Retention = Annotated[
     str | None,
     typer.Option(
-        envvar="DURABLY_RETENTION",
         help='How long runs are kept after their end, such as "30d".',
-        show_default="for ever",
+        show_default="DURABLY_RETENTION, else for ever",
     ),
 ]
 Concurrency = Annotated[int, typer.Option(min=1, help="How many steps run at once.")]
@@ -90,12 +89,12 @@ def processor(
     *,
     retention: Retention = None,
     standby: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            envvar="DURABLY_STANDBY",
             help="Keep copies of the stores of partitions that others own: a take-over is quick, and takes their disk.",
+            show_default="DURABLY_STANDBY, else no",
         ),
-    ] = False,
+    ] = None,
 ) -> None:
     """Runs workflows."""
     settings = shell.settings(retention=retention, standby=standby)

@@ -66,6 +66,18 @@ def test_a_damaged_end_of_the_write_ahead_log_leaves_what_was_written_before_it(
     store.close()
 
 
+def test_nothing_that_is_logged_survives_what_was_written_without_a_log_before_it(tmp_path):
+    """A copy's restoration is interrupted by its broker, say, and there is little left to read in the next round."""
+    store = Store(tmp_path / "store")
+    store.write({event_key("run", 1): MARKER}, logged=False)
+    store.write({event_key("run", 2): MARKER})
+    shutil.copytree(tmp_path / "store", tmp_path / "crashed")
+    store.close()
+    store = Store(tmp_path / "crashed")
+    assert len(list(store.events("run"))) == 2
+    store.close()
+
+
 @step
 async def stored_one(n: int) -> int:
     return n

@@ -258,6 +258,7 @@ class Store:
         self.path = path
         self._lock = threading.Lock()
         self._closed = False
+        self._flushed = True  # nothing that was written is in memory alone
         self._unlogged = WriteOptions()
         self._unlogged.disable_wal = True  # type: ignore[method-assign, assignment]  # a property, whatever its stub says
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -300,7 +301,7 @@ class Store:
         """Writes all of it or nothing.
 
         ``logged=False``: without RocksDB's own log, for much that can be read again. A crash then takes back the last
-        such writes together; `flush` must come before the next write that is logged, which would survive them.
+        such writes together, and what is derived of them: so they are flushed before the next write that is logged.
         """
         batch = WriteBatch(raw_mode=True)
         put = batch.put
@@ -310,12 +311,17 @@ class Store:
             else:
                 put(key, value)
         with self._lock:
-            if not self._closed:  # closed: a commit thread that was given up comes back late
-                self._do(self._db.write, batch, None if logged else self._unlogged)
+            if self._closed:  # a commit thread that was given up comes back late
+                return
+            if logged and not self._flushed:
+                self.flush()
+            self._flushed = logged
+            self._do(self._db.write, batch, None if logged else self._unlogged)
 
     def flush(self) -> None:
         """What was written is on disk when this returns."""
         self._do(self._db.flush)
+        self._flushed = True
 
     def close(self) -> None:
         """Closes the files; they are kept."""

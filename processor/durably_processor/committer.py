@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -184,6 +185,7 @@ class Committer:
                     self._busy = False
                     self._changed.notify_all()
         except BaseException as e:  # whatever it is, the owner must notice and take over anew
+            traceback.clear_frames(e.__traceback__)  # an iterator in one of them would keep a closed store locked
             with self._changed:
                 self.error = e
                 self._busy = False
@@ -332,6 +334,8 @@ class Committer:
             try:
                 self._send_reply(reply_to, make())
             except StoreError:
+                if part.store.closed:
+                    return  # the partition has gone meanwhile, and whoever owns it now is asked again
                 raise
             except Exception:  # an asker that is not answered asks again; one bad address must not stop the rest
                 log.exception("a reply to partition %s could not be sent", reply_to.partition)

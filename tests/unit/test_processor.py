@@ -13,10 +13,12 @@ from durably import DurablyError, get_step_metadata, step, workflow
 from durably.broker.port import TP
 from durably.errors import Fenced
 from durably_processor import committer
+from durably_processor.answers import Answers
 from durably_processor.committer import Committer
 from durably_processor.partition import Partition
 from durably_processor.processor import Processor
 from durably_processor.turn import Turn
+from durably_schemas.records import ReplyTo
 from fake_broker import FakeBroker, FakeTransactions
 from partition_lab import CATALOGUE, CODEC
 
@@ -179,6 +181,26 @@ def test_a_commit_that_is_refused_while_a_revoke_waits_for_it_takes_the_metadata
     monkeypatch.setattr(thread, "renew", renewed)
     assert thread.drain(8, "in the revoke")
     assert committed == ["in the revoke"]
+    thread.stop(5)
+
+
+def test_a_partition_that_goes_while_its_askers_are_answered_does_not_take_the_others_with_it(lab):
+    broker = FakeBroker()
+    broker.create(CATALOGUE.topics())
+    thread = Committer(broker, CATALOGUE, CODEC, broker.producer(), broker.transactions("t"), "t")
+    thread.start(0)
+    turn = Turn(1, 0)
+    part = turn.part(0, lab.store)
+    to = ReplyTo(partition=0, request_id="q")
+
+    def answer():
+        lab.store.close()  # as its owner does, on another thread
+        return Answers(lab.store, CODEC).summary("q", "r")
+
+    part.answers = [(to, answer), (to, lambda: Answers(lab.store, CODEC).page("q", "r", 1))]
+    thread.add(turn, None)
+    assert thread.drain(10, None)
+    assert (thread.acked, thread.error) == (1, None)
     thread.stop(5)
 
 

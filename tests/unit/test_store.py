@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import shutil
 from pathlib import Path
@@ -92,6 +93,17 @@ async def stored_steps(n: int) -> int:
     return total + await stored_one(n)
 
 
+@step
+async def stored_bytes(n: int) -> bytes:
+    return random.Random(n).randbytes(5_000)
+
+
+@workflow
+async def stored_ended(n: int) -> int:
+    await stored_bytes(n)
+    return n
+
+
 def test_a_processor_with_damaged_files_reads_the_topic_again_and_loses_nothing(tmp_path, namespace):
     system = harness.System(f"embedded:{tmp_path}/b", namespace, tmp_path)
     first = system.start_processor()
@@ -107,4 +119,32 @@ def test_a_processor_with_damaged_files_reads_the_topic_again_and_loses_nothing(
     system.start_processor()
     assert [run.result(30) for run in runs] == [10 + n for n in range(20)]
     assert system.violations() == []
+    system.close()
+
+
+@pytest.fixture
+def nothing_collected():
+    """What only a collection would let go of is kept for as long as it might be."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("nothing_collected")
+def test_damage_that_is_found_while_somebody_is_answered_is_read_again_and_the_answer_given(tmp_path, namespace):
+    """It is found on the commit thread, whose error lives on: the iterator that met it must not, or the store is locked."""
+    system = harness.System(f"embedded:{tmp_path}/b", namespace, tmp_path)
+    first = system.start_processor()
+    system.start_worker()
+    runs = [system.client.start(stored_ended, n) for n in range(20)]
+    assert [run.result(30) for run in runs] == list(range(20))
+    logs = [[event.seq for event in run.events()] for run in runs]
+    system.stop_processor(first)
+    tables = list((tmp_path / "p").glob("partition-*/*.sst"))
+    assert tables
+    for file in tables:
+        damage(file, file.stat().st_size * 2 // 5)  # most of it is events
+    second = system.start_processor()
+    assert [[event.seq for event in run.events()] for run in runs] == logs
+    assert second.error is None
     system.close()

@@ -323,6 +323,11 @@ class Store:
         self._do(self._db.flush)
         self._flushed = True
 
+    @property
+    def closed(self) -> bool:
+        """It takes nothing more, and has nothing to tell."""
+        return self._closed
+
     def close(self) -> None:
         """Closes the files; they are kept."""
         with self._lock:
@@ -455,7 +460,7 @@ class Store:
         if prefix or end:
             options.set_iterate_upper_bound(end or _after(prefix))
         last = begin = start or prefix
-        for key, value in self._db.items(from_key=begin, read_opt=options):
+        for key, value in self._do(lambda: self._db.items(from_key=begin, read_opt=options)):
             assert isinstance(key, bytes)  # raw mode
             yield key, value
             last = key

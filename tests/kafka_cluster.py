@@ -57,10 +57,8 @@ SETTINGS = {
     "share.coordinator.state.topic.min.isr": "1",
     "group.initial.rebalance.delay.ms": "0",
     "auto.create.topics.enable": "false",
-    # The registration of a killed broker must lapse before it may come back: 9 s by default. With much less, a broker
-    # on a busy machine counts itself as dead.
-    "broker.session.timeout.ms": "5000",
-    "broker.heartbeat.interval.ms": "1000",
+    # However long a broker is paused, or its machine is busy, it must not be counted as dead: see `mourners`.
+    "broker.session.timeout.ms": "60000",
     # Tests of abandoned transactions would wait for the coordinator's scan: 10 s by default.
     "transaction.abort.timed.out.transaction.cleanup.interval.ms": "500",
 }
@@ -108,6 +106,33 @@ def _joined(addresses: Mapping[str, str]) -> str:
 
 
 Settings = dict[str, str]
+
+
+def mourners(settings: Settings) -> Settings:
+    """The settings of the same node as a mere controller, which counts its broker as dead at once.
+
+    It runs between a kill and a restart. A broker that comes back on metadata that call it alive begins to end the
+    transactions that it was about to end, and when it is counted as dead a little later Kafka 4.4 forgets to
+    (KAFKA-20734): what they wrote is neither committed nor aborted, ever, and nobody reads what comes behind it.
+    """
+    kept = (
+        "node.id",
+        "log.dirs",
+        "controller.listener.names",
+        "controller.quorum.voters",
+        "listener.security.protocol.map",
+    )
+    return {name: settings[name] for name in kept} | {
+        "process.roles": "controller",
+        "listeners": f"CONTROLLER://{settings['controller.quorum.voters'].partition('@')[2]}",
+        "broker.session.timeout.ms": "1000",
+        "broker.heartbeat.interval.ms": "250",
+    }
+
+
+MOURNED = b"because its session has timed out"
+"""What a controller logs when it counts a broker as dead; what it only reads of earlier deaths it says otherwise."""
+
 OPEN = Listeners({"HOST": "PLAINTEXT"})
 """Anybody may do anything."""
 
@@ -164,6 +189,15 @@ def wait_ready(
         time.sleep(0.1)
 
 
+def wait_mourned(logged: Callable[[], bytes], timeout: float = 90) -> None:
+    """Until a controller has counted its broker as dead, by its log."""
+    deadline = time.monotonic() + timeout
+    while MOURNED not in (said := logged()):
+        if time.monotonic() > deadline:
+            raise Unavailable(f"the controller did not miss its broker:\n{said.decode(errors='replace')[-4000:]}")
+        time.sleep(0.1)
+
+
 class ContainerKafka:
     """A broker in a container, by Testcontainers."""
 
@@ -187,13 +221,14 @@ class ContainerKafka:
         inside = {name: 9100 + n for n, name in enumerate(self.addresses)}
         bound = {name: f":{port}" for name, port in inside.items()}
         settings = listeners.configured(bound, self.addresses, "localhost:19092", "localhost:9093")
+        settings["log.dirs"] = "/var/lib/kafka/data"  # a volume of the image
+        self._mourners = mourners(settings)
         self._container: DockerContainer = DockerContainer(IMAGE).with_env("KAFKA_HEAP_OPTS", "-Xms256m -Xmx512m")
         for name, address in self.addresses.items():
             outside = ("127.0.0.1", int(address.rpartition(":")[2]))
             self._container.ports[f"{inside[name]}/tcp"] = outside  # type: ignore[assignment]
-        for name, value in settings.items():
-            variable = name.upper().replace("_", "__").replace("-", "___").replace(".", "_")
-            self._container.with_env(f"KAFKA_{variable}", value)
+        for variable, value in self._variables(settings).items():
+            self._container.with_env(variable, value)
         try:
             self._container.start()
             self._wait_ready()
@@ -203,6 +238,14 @@ class ContainerKafka:
         except Exception as error:
             self.stop()
             raise Unavailable(f"the image {IMAGE} does not start ({error})") from error
+
+    @staticmethod
+    def _variables(settings: Settings) -> dict[str, str]:
+        """How the image takes settings."""
+        return {
+            "KAFKA_" + name.upper().replace("_", "__").replace("-", "___").replace(".", "_"): value
+            for name, value in settings.items()
+        }
 
     def _wait_ready(self) -> None:
         wait_ready(self.bootstrap, self._ended, self._listeners.client)
@@ -218,7 +261,16 @@ class ContainerKafka:
         box.wait()
 
     def restart(self) -> None:
-        self._container.get_wrapped_container().start()
+        box = self._container.get_wrapped_container()
+        controller = self._container.get_docker_client().client.containers.run(
+            IMAGE, detach=True, volumes_from=[box.id], environment=self._variables(self._mourners)
+        )
+        try:
+            wait_mourned(controller.logs)
+            controller.stop()  # in peace, so that what it has written is whole
+        finally:
+            controller.remove(force=True)
+        box.start()
         self._wait_ready()
 
     def pause(self) -> None:
@@ -245,11 +297,13 @@ class ProcessKafka:
         inner, controller = (f"127.0.0.1:{free_port()}" for _ in range(2))
         settings = listeners.configured(self.addresses, self.addresses, inner, controller)
         settings["log.dirs"] = str(self._folder / "data")
-        properties = self._folder / "server.properties"
-        properties.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+        properties, controller_properties = self._folder / "server.properties", self._folder / "controller.properties"
+        for file, what in ((properties, settings), (controller_properties, mourners(settings))):
+            file.write_text("".join(f"{name}={value}\n" for name, value in what.items()))
         run = [self._java, "-Xms256m", "-Xmx512m", "-XX:+UseSerialGC", "-cp", f"{libraries}/*"]
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
         self._command = [*run, "kafka.Kafka", str(properties)]
+        self._mourning = [*run, "kafka.Kafka", str(controller_properties)]
         formatted = subprocess.run(
             [*run, "kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(properties)],
             capture_output=True, text=True, check=False,
@@ -257,16 +311,16 @@ class ProcessKafka:
         if formatted.returncode:
             shutil.rmtree(self._folder)
             raise Unavailable(f"Kafka's storage cannot be formatted: {formatted.stdout}{formatted.stderr}")
-        self._process = self._spawn()
+        self._process = self._spawn(self._command)
         try:
             self._wait_ready()
         except Unavailable:
             self.stop()
             raise
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        with (self._folder / "broker.log").open("ab") as log:
-            return subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder)
+    def _spawn(self, command: list[str], said: str = "broker.log") -> subprocess.Popen[bytes]:
+        with (self._folder / said).open("ab") as log:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder)
 
     def _wait_ready(self) -> None:
         wait_ready(self.bootstrap, self._ended, self._listeners.client)
@@ -281,7 +335,17 @@ class ProcessKafka:
         self._process.wait()
 
     def restart(self) -> None:
-        self._process = self._spawn()
+        log = self._folder / "controller.log"
+        log.unlink(missing_ok=True)
+        controller = self._spawn(self._mourning, log.name)
+        try:
+            wait_mourned(log.read_bytes)
+            controller.terminate()  # in peace, so that what it has written is whole
+            controller.wait(60)
+        finally:
+            controller.kill()
+            controller.wait()
+        self._process = self._spawn(self._command)
         self._wait_ready()
 
     def pause(self) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -141,3 +143,28 @@ def test_a_closed_watchdog_is_gone():
     dog = Watchdog()
     dog.close()
     assert not dog._thread.is_alive()
+
+
+def test_a_process_that_was_interrupted_can_be_traced():
+    """In another process: one that looks for an interrupt for ever does not even answer a signal."""
+    script = """
+        import sys
+        from durably_processor.engine.watchdog import ActivationTimeout, Watchdog
+
+        def spin():
+            while True:
+                pass
+
+        dog = Watchdog(0.01)
+        try:
+            with dog.watch("run"):
+                spin()
+        except ActivationTimeout:
+            pass
+        dog.close()
+        called = []
+        sys.settrace(lambda *_: None)
+        (lambda: called.append(True))()
+        assert called
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=30)

@@ -13,6 +13,8 @@ SHORT = [
     "poison-breaks-the-engine",
 ]  # fmt: skip
 SEED = 20
+TRIES = 3
+"""A fault finds a processor idle, now and then, and does no harm."""
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +45,12 @@ def test_runs_of_every_shape_survive_mixed_faults(cluster, tmp_path):
 @pytest.mark.parametrize(("fault", "found"), [("sigstop-processor", ": seq ["), ("sigkill-processor", "did not end")])
 def test_processors_without_transactions_and_fences_are_found_out(cluster, tmp_path, monkeypatch, fault, found):
     monkeypatch.setattr("chaos.campaign.QUIET", 8.0)  # what is lost will not end
-    report = campaign(
-        cluster, tmp_path, faults.plan(SEED, [fault], 3), seed=SEED, runs=0, seconds=200, processors=2, workers=1,
-        partitions=4, in_flight=60, at_once=1, workflows=SABOTAGED, say=print,
-    )  # fmt: skip
-    print(report, *report.violations, sep="\n")
-    assert any(found in violation for violation in report.violations)
+    for attempt in range(TRIES):
+        report = campaign(
+            cluster, tmp_path / str(attempt), faults.plan(SEED + attempt, [fault], 3), seed=SEED + attempt, runs=0,
+            seconds=200, processors=2, workers=1, partitions=4, in_flight=60, at_once=1, workflows=SABOTAGED, say=print,
+        )  # fmt: skip
+        print(report, *report.violations, sep="\n")
+        if any(found in violation for violation in report.violations):
+            return
+    pytest.fail(f"{3 * TRIES} faults, and no violation says {found!r}")

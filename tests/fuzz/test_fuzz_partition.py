@@ -277,7 +277,7 @@ class PartitionMachine(RuleBasedStateMachine):
 
 
 class EventsOnly:
-    """The broker port, as far as a restore uses it: a partition of ``events``."""
+    """The broker port, as far as a restore uses it: a partition of ``events``, and an empty one of ``snapshots``."""
 
     def __init__(self, events: list[tuple[bytes, bytes]]) -> None:
         self.events = events
@@ -289,7 +289,7 @@ class EventsOnly:
         return dict.fromkeys(tps, 0)
 
     def end_offsets(self, tps: list[TP]) -> dict[TP, int]:
-        return dict.fromkeys(tps, len(self.events))
+        return {tp: len(self.events) if tp.topic == CATALOGUE.events else 0 for tp in tps}
 
     def reader(self, positions: dict[TP, int]) -> EventsOnly:
         return self

@@ -336,11 +336,12 @@ class Connection:
 
     def _collect_acks(self) -> None:
         assert self._producer is not None
-        while not self._closed.is_set():
+        while True:
             with self._lock:
-                if not self._in_flight and not self._copies_in_flight:
+                while not (self._in_flight or self._copies_in_flight or self._closed.is_set()):
                     self._unacknowledged.wait()
-                    continue
+                if self._closed.is_set():
+                    return
             self._producer.poll(_TICK)
 
     def _read_replies(self, reader: Reader) -> None:

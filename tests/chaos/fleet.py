@@ -35,6 +35,10 @@ class Exit(NamedTuple):
     last_words: str
 
 
+PATIENCE = 150.0
+"""Seconds after SIGTERM within which a process must have ended, also where the broker is dead, or frozen, meanwhile."""
+
+
 class Member:
     """One place. Whoever holds `lock` may kill, stop and starve its process."""
 
@@ -71,10 +75,10 @@ class Member:
         """SIGTERM; SIGKILL for one that does not heed it."""
         self.process.terminate()
         try:
-            self.process.wait(60)
+            self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise RuntimeError(f"{self.name} did not end within 60 s of SIGTERM") from None
+            raise RuntimeError(f"{self.name} did not end within {PATIENCE:g} s of SIGTERM") from None
 
     @property
     def stores(self) -> list[Path]:

@@ -113,7 +113,7 @@ def mourners(settings: Settings) -> Settings:
 
     It runs between a kill and a restart. A broker that comes back on metadata that call it alive begins to end the
     transactions that it was about to end, and when it is counted as dead a little later Kafka 4.4 forgets to
-    (KAFKA-20734): what they wrote is neither committed nor aborted, ever, and nobody reads what comes behind it.
+    do so: what they wrote is neither committed nor aborted, ever, and nobody reads what comes behind it.
     """
     kept = (
         "node.id",

@@ -131,7 +131,7 @@ class Bench:
     def _peer(self, variant: str, peer: Peer) -> None:
         try:
             self.session.systems[variant], figures = peer.measure(variant, self._small)
-        except Unavailable as reason:
+        except (Unavailable, RuntimeError, TimeoutError) as reason:  # not at the cost of all that was measured before
             self.session.missing[variant] = str(reason)
             print(f"{variant} was not measured: {reason}", flush=True)
         else:

@@ -169,9 +169,11 @@ def _settle(load: Load, arena: Arena, progress: _Progress) -> set[str]:
     while True:
         progress()
         statuses = load.ends.statuses
-        left = {r for r in load.started if statuses.get(r) not in TERMINAL}
+        left = {r for r in list(load.started) if statuses.get(r) not in TERMINAL}
         left |= {
-            r for r in [*load.ends.open, *arena.poisons] if not (r in arena.poisons and statuses.get(r) == "blocked")
+            r
+            for r in [*list(load.ends.open), *arena.poisons]
+            if not (r in arena.poisons and statuses.get(r) == "blocked")
         }
         if not left:
             return set()

@@ -45,6 +45,7 @@ class Ends:
         self.statuses: dict[str, RunStatus] = {}
         self.open: set[str] = set()
         self.ended = 0
+        self.ended_roots = 0  # those that are nobody's children
         self._thread = threading.Thread(target=self._run, name="chaos-ends", daemon=True)
         self._thread.start()
 
@@ -73,6 +74,7 @@ class Ends:
             self.open.discard(summary.run_id)
             if before not in TERMINAL:
                 self.ended += 1
+                self.ended_roots += summary.parent is None
         else:
             self.open.add(summary.run_id)
 
@@ -124,7 +126,7 @@ class Load:
             mail = asyncio.create_task(self._read_mail())
             names, weights = list(SHAPES), [shape.weight for shape in SHAPES.values()]
             for n in itertools.count():
-                while len(self.started) - self.ends.ended + len(self._tasks) // 4 > self._in_flight:
+                while len(self.started) - self.ends.ended_roots + len(self._tasks) // 4 > self._in_flight:
                     if self._stopping.is_set():
                         break
                     await asyncio.sleep(0.02)

@@ -251,9 +251,8 @@ def run_durably(
 
 def test_the_gateway_says_why_it_is_not_ready(secured: SecuredKafka, tmp_path: Path) -> None:
     user = secured.user("gertrude") | {"sasl.password": "guessed"}
-    gateway = GatewayThread(
-        lambda: create_gateway(AsyncClient(secured.url(), namespace="security", kafka=user)), 0
-    )  # fmt: skip
+    client = AsyncClient(secured.url(), namespace="security", kafka=user)
+    gateway = GatewayThread(lambda: create_gateway(client), 0)
     gateway.start()
     try:
         for answer in (
@@ -264,6 +263,7 @@ def test_the_gateway_says_why_it_is_not_ready(secured: SecuredKafka, tmp_path: P
             assert "user 'gertrude' by SASL_PLAINTEXT with SCRAM-SHA-256 do not come together" in answer.text
     finally:
         gateway.stop()
+        asyncio.run(client.close())
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -400,8 +400,8 @@ def at_work(roles: Roles, tmp_path: Path) -> Iterator[Roles]:
 def test_all_of_a_run_works_with_each_role_as_a_user_of_its_own(at_work: Roles) -> None:
     catalogue = at_work.catalogue
     client = Client(at_work.broker("client", "feeds-streams"), namespace=catalogue.namespace)
-    gateway_broker = at_work.broker("gateway")
-    gateway = GatewayThread(lambda: create_gateway(AsyncClient(gateway_broker, namespace=catalogue.namespace)), 0)
+    gateway_client = AsyncClient(at_work.broker("gateway"), namespace=catalogue.namespace)
+    gateway = GatewayThread(lambda: create_gateway(gateway_client), 0)
     gateway.start()
     try:
         run = client.start(everything, iter([1, 2, 3]))
@@ -429,6 +429,7 @@ def test_all_of_a_run_works_with_each_role_as_a_user_of_its_own(at_work: Roles) 
         assert [letter for _, letter in dead_letters(at_work)] == []
     finally:
         gateway.stop()
+        asyncio.run(gateway_client.close())
         client.close()
 
 

@@ -95,12 +95,14 @@ def test_a_connection_that_is_closed_while_it_is_made_leaves_nothing_open(
     made: Connection, broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slowly(broker, monkeypatch, None)
+    before = set(threading.enumerate())
     attempt = made.listening()
     made.close()
     with pytest.raises(DurablyError, match="this client is closed"):
         attempt.result(5)
     assert not made.is_open
-    assert not [t for t in threading.enumerate() if t.name in ("durably-acks", "durably-replies")]
+    begun = set(threading.enumerate()) - before
+    assert not [thread for thread in begun if thread.name in ("durably-acks", "durably-replies")]
 
 
 def test_a_record_that_cannot_be_written_is_refused_with_its_value(broker: ScriptedBroker) -> None:

@@ -94,6 +94,8 @@ class Admission:
         if record.parent is not None:
             for name in ("run_id", "root_run_id", "correlation_id"):
                 _check_id(getattr(record.parent, name), f"the parent's {name}")
+        if record.rerun_of is not None:
+            _check_id(record.rerun_of, "rerun_of")
         self._check_payload(record.input, "input")
 
     def _check_token(self, message: Message, token: str | None) -> None:

@@ -116,6 +116,7 @@ class Run:
             start_at=command.start_at,
             traceparent=traceparent,
             nonce=command.nonce,
+            origins=() if command.rerun_of is None else (rec.Origin(run_id=command.rerun_of),),
         )
         first = ev.event(command.run_id, 1, at, data)
         run = cls(created(first), environment, history)

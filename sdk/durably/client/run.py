@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+import msgspec
 from durably_schemas.records import CancelRun, Event, ReplyTo, RunStatus, RunSummary, StartRun
 
 from durably.client import stream
@@ -123,7 +124,7 @@ class Run(Generic[R]):
         return hooks.run_hooks(self._connection, self.id)
 
     def rerun(self, *, run_id: str | None = None) -> Run[R]:
-        """Starts a new run of the same workflow, with the same input and attributes.
+        """Starts a new run of the same workflow, with the same input and attributes; its ``origin`` is this one.
 
         Args:
             run_id: an id for it; starting it again attaches to that run.
@@ -132,7 +133,7 @@ class Run(Generic[R]):
             ConfigurationError: no run may have this id.
         """
         created = creation(self._connection, self.id)
-        command = _again(created, run_id)
+        command = _again(self.id, created, run_id)
         submit(self._connection, command)
         return Run(self._connection, command.run_id, self._returns)
 
@@ -223,7 +224,7 @@ class AsyncRun(Generic[R]):
         return await hooks.run_hooks_async(self._connection, self.id)
 
     async def rerun(self, *, run_id: str | None = None) -> AsyncRun[R]:
-        """Starts a new run of the same workflow, with the same input and attributes.
+        """Starts a new run of the same workflow, with the same input and attributes; its ``origin`` is this one.
 
         Args:
             run_id: an id for it; starting it again attaches to that run.
@@ -232,7 +233,7 @@ class AsyncRun(Generic[R]):
             ConfigurationError: no run may have this id.
         """
         created = await creation_async(self._connection, self.id)
-        command = _again(created, run_id)
+        command = _again(self.id, created, run_id)
         await submit_async(self._connection, command)
         return AsyncRun(self._connection, command.run_id, self._returns)
 
@@ -240,9 +241,10 @@ class AsyncRun(Generic[R]):
         return f"<AsyncRun {self.id}>"
 
 
-def _again(created: RunCreated, run_id: str | None) -> StartRun:
+def _again(old: str, created: RunCreated, run_id: str | None) -> StartRun:
     options = StartOptions(run_id=run_id, attributes=created.attributes)
-    return options.named().command(created.workflow, created.input)
+    command = options.named().command(created.workflow, created.input)
+    return msgspec.structs.replace(command, rerun_of=old)
 
 
 def _cancel(run_id: str, reason: str | None) -> Command:

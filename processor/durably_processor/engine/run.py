@@ -116,6 +116,7 @@ class Run:
             start_at=command.start_at,
             traceparent=traceparent,
             nonce=command.nonce,
+            version=environment.newest(command.workflow),
             origins=() if command.rerun_of is None else (rec.Origin(run_id=command.rerun_of),),
         )
         first = ev.event(command.run_id, 1, at, data)
@@ -393,7 +394,12 @@ class Run:
     def _begin(self, at: int) -> None:
         if self.state.header.blocked:
             return
-        started = ev.RunStarted(code_version=self._environment.code_version, url=self._environment.gateway_url)
+        self._revive()
+        if self._execution is None:
+            return  # it begins when it is unblocked
+        environment = self._environment
+        build = environment.build_of(self._execution.workflow)
+        started = ev.RunStarted(code_version=environment.code_version, url=environment.gateway_url, build=build)
         self._deliver(started, at)
 
     def _deliver(self, data: ev.EventData, at: int, correlation_id: str | None = None) -> None:

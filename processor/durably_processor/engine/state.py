@@ -398,6 +398,9 @@ class RunState:
         self.header.attributes = {name: value for name, value in merged.items() if value is not None}
         self.news += 1
 
+    def _patch_marked(self, event: Event, data: ev.PatchMarked) -> None:
+        """For the run's code only."""
+
     def _run_watched(self, event: Event, data: ev.RunWatched) -> None:
         watcher = Watcher(run_id=data.run_id, correlation_id=data.correlation_id)
         self._open(watcher_id(data.run_id, data.correlation_id), watcher)

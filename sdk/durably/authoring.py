@@ -8,6 +8,7 @@ import importlib
 import inspect
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from durably.errors import ConfigurationError, DurablyError, RegistrationError
 from durably.runtime import workflow_context
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
     from types import ModuleType
 
 P = ParamSpec("P")
@@ -192,11 +193,16 @@ class Registry:
         return self.steps.get(name) or _builtin_steps().get(name)
 
     def code_version(self) -> str:
-        """12 hex digits over the source of all registered workflows: equal where they replay alike."""
+        """12 hex digits over the source of all registered workflows, and of the modules of their packages.
+
+        Of the modules, too, because what a workflow calls decides as much as itself what it does.
+        """
         if self._code_version is None:
             digest = hashlib.blake2b(digest_size=6)
             for name, definition in (*sorted(self.workflows.items()), *sorted(self._versions.items())):
                 digest.update(f"{name}\0{_source(definition.fn)}\0".encode())
+            for source in _module_sources(definition.fn.__module__ for definition in self.workflows.values()):
+                digest.update(source)
             self._code_version = digest.hexdigest()
         return self._code_version
 
@@ -407,6 +413,16 @@ def _backoff(name: str, value: Duration | Backoff) -> events.Backoff:
         return (value if isinstance(value, Backoff) else Backoff(initial=value, factor=1.0, maximum=value)).record()
     except (TypeError, ValueError) as e:
         raise RegistrationError(f"step {name}: backoff: {e}") from e
+
+
+def _module_sources(names: Iterable[str]) -> Iterator[bytes]:
+    """Of these modules and of all that are loaded of their packages, in the order of their names."""
+    packages = {name.partition(".")[0] for name in names}
+    for name, module in sorted(sys.modules.items()):
+        if name.partition(".")[0] not in packages or not getattr(module, "__file__", None):
+            continue
+        with suppress(OSError):  # in an archive, say
+            yield Path(module.__file__ or "").read_bytes()
 
 
 def _source(fn: Callable[..., Any]) -> str:

@@ -26,7 +26,7 @@ from durably.errors import ConfigurationError
 from durably_schemas import Catalogue, events
 from durably_schemas.catalogue import partition_for
 from durably_schemas.codec import RECORDS
-from durably_schemas.records import CancelRun, Error, StartRun, StreamChunk, StreamWritten
+from durably_schemas.records import CancelRun, Error, ResetRun, StartRun, StreamChunk, StreamWritten
 from rich.console import Console
 from typer.testing import CliRunner, Result
 from unit.scripted_broker import ScriptedBroker, ScriptedProcessor
@@ -338,6 +338,19 @@ def test_a_run_is_done_again(broker: ScriptedBroker, processor: ScriptedProcesso
     assert "there is no run nobody" in durably_("runs", "rerun", "nobody").stderr
 
 
+def test_a_run_is_reset_to_an_event(broker: ScriptedBroker, processor: ScriptedProcessor, durably_: Any) -> None:
+    durably_("start", "greet", '"Ada"', "--run-id", "r1")
+    told = json.loads(durably_("runs", "reset", "r1", "--to-event", "1", "--reason", "again", "--json").stdout)
+    (command,) = [c for c in broker.sent if isinstance(c, ResetRun)]
+    assert told == {"run_id": command.new_run_id, "reset_of": "r1", "to_event": 1}
+    assert (command.run_id, command.to_event, command.reason) == ("r1", 1, "again")
+    assert durably_("runs", "reset", "r1", "--to-event", "1").stdout.startswith("wrun_")
+    refused = durably_("runs", "reset", "r1", "--to-event", "9")
+    assert refused.exit_code == 1
+    assert "no event 9" in refused.stderr
+    assert "there is no run nobody" in durably_("runs", "reset", "nobody", "--to-event", "1").stderr
+
+
 # hooks
 
 
@@ -596,7 +609,7 @@ def test_every_command_has_the_common_options() -> None:
     from typer.main import get_command
 
     found = commands(get_command(app))
-    assert len(found) == 20
+    assert len(found) == 21
     for one in found:
         assert {"url", "namespace", "json", "verbose"} <= {parameter.name for parameter in one.params}
 

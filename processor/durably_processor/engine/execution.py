@@ -146,7 +146,9 @@ class Execution:
     """One run's workflow coroutine and everything that it waits for. Also its `WorkflowContext` and loop `Host`."""
 
     def __init__(self, run_id: str, created: ev.RunCreated, environment: Environment) -> None:
-        self.run_id = run_id
+        self._steps_of = run_id
+        self._origins = created.origins
+        self.run_id = self._identity(1)
         self.workflow_name = created.workflow
         self.started_at_ms = 0
         self.url: str | None = None
@@ -155,7 +157,7 @@ class Execution:
         self.workflow = environment.workflow(created.workflow, created.version)
         self._environment = environment
         self._input = created.input
-        self._loop = DeterministicLoop(run_id, self)
+        self._loop = DeterministicLoop(self.run_id, self)
         self._loop.workflow_context = self
         self._main: Task[Any] | None = None
         self._ordinal = 0
@@ -185,6 +187,9 @@ class Execution:
         """
         loop = self._loop
         loop.now_ms = max(loop.now_ms, event.at)
+        if self._origins and self.run_id != (identity := self._identity(event.seq)):
+            self.run_id = identity
+            loop.reseed(identity)
         try:
             with self._environment.watch(self.run_id):
                 self._take(event)
@@ -194,6 +199,14 @@ class Execution:
             raise Blocked(to_error(e)) from e
         commands, self._commands = self._commands, {}
         return list(commands.values())
+
+    def _identity(self, seq: int) -> str:
+        """Which run's id the code sees, and its ids and random values derive from, when this event is delivered.
+
+        Where the beginning of the log was copied from another run, the code must do there as it did then. What it does
+        after the last copied event is its own.
+        """
+        return next((origin.run_id for origin in self._origins if seq < origin.events), self._steps_of)
 
     def _conclude(self) -> None:
         if self._obstacle is not None:
@@ -440,11 +453,8 @@ class Execution:
         return self._loop.now_ms
 
     def _name_step(self, fingerprint: str) -> str:
-        # Unique across runs, since it is the idempotency key that steps hand to other systems; and different for
-        # different work at the same place, so that what a crash orphaned is never mistaken for its successor.
         self._ordinal += 1
-        digest = blake2b(f"{self.run_id}\0{self._ordinal}\0{fingerprint}".encode(), digest_size=10).hexdigest()
-        return f"step_{self._ordinal}_{digest}"
+        return step_id(self._steps_of, self._ordinal, fingerprint)
 
     def _check_size(self, payload: Payload, what: str) -> None:
         size, limit = len(payload.data), self._environment.max_payload_bytes
@@ -481,6 +491,16 @@ class Execution:
             self._commands[wait_id] = Command(ev.WaitCompleted(cancelled=True), wait_id)
 
 
+def step_id(run_id: str, ordinal: int, fingerprint: str) -> str:
+    """The id of a run's n-th step.
+
+    Unique across runs, since it is the idempotency key that steps hand to other systems; and different for different
+    work at the same place, so that what a crash orphaned is never mistaken for its successor.
+    """
+    digest = blake2b(f"{run_id}\0{ordinal}\0{fingerprint}".encode(), digest_size=10).hexdigest()
+    return f"step_{ordinal}_{digest}"
+
+
 def _exception_of(data: ev.StepFailed) -> BaseException:
     error = to_exception(data.error)
     if data.attempt > 1:
@@ -511,8 +531,13 @@ class Replayed(NamedTuple):
     backlog: list[Event]
 
 
-def replay(log: Iterable[Event], environment: Environment) -> Replayed:
+def replay(log: Iterable[Event], environment: Environment, *, cut: bool = False) -> Replayed:
     """Executes a run again from its log and compares every command with what the log says was asked for.
+
+    Args:
+        log: the run's.
+        environment: see `Environment`.
+        cut: the log is the beginning of another run's, and what its last event led to may be missing.
 
     Raises `Blocked` at the first difference, with what was expected and what was found.
     """
@@ -520,7 +545,7 @@ def replay(log: Iterable[Event], environment: Environment) -> Replayed:
     assert isinstance(first.data, ev.RunCreated), first
     execution = Execution(first.run_id, first.data, environment)
     try:
-        replaying = _Replaying(execution, rest)
+        replaying = _Replaying(execution, rest, cut=cut)
         for event in rest:
             replaying.take(event)
         return replaying.end()
@@ -530,10 +555,11 @@ def replay(log: Iterable[Event], environment: Environment) -> Replayed:
 
 
 class _Replaying:
-    def __init__(self, execution: Execution, log: Sequence[Event]) -> None:
+    def __init__(self, execution: Execution, log: Sequence[Event], *, cut: bool) -> None:
         self._execution = execution
+        self._cut = cut
         self._patches = frozenset(e.data.patch_id for e in log if isinstance(e.data, ev.PatchMarked))
-        self._unanswered = _unanswered(log)
+        self._unanswered = _unanswered(log, cut=cut)
         self._pending: deque[Command] = deque()
         self._backlog: list[Event] | None = None  # a list while the log has the run blocked
 
@@ -570,20 +596,26 @@ class _Replaying:
         return not isinstance(asked, ev.PatchMarked) or asked.patch_id != data.patch_id
 
     def end(self) -> Replayed:
-        if self._pending and self._backlog is None:
+        if self._pending and self._backlog is None and not self._cut:
             _diverged(None, self._pending[0])
         return Replayed(self._execution, self._pending, self._backlog or [])
 
 
-def _unanswered(log: Sequence[Event]) -> Event | None:
-    """The delivery that blocked the run, where it still is: what the code makes of it is not in the log, and is new."""
-    blocked: int | None = None
+def _unanswered(log: Sequence[Event], *, cut: bool) -> Event | None:
+    """The delivery that blocked the run, where it still is, or behind which its log was cut.
+
+    What the code makes of it is not in the log, and is new.
+    """
+    end: int | None = None
     for place, event in enumerate(log):
         if isinstance(event.data, ev.RunBlocked):
-            blocked = place if blocked is None else blocked
+            end = place if end is None else end
         elif isinstance(event.data, ev.RunUnblocked):
-            blocked = None
-    return log[blocked - 1] if blocked and is_delivery(log[blocked - 1].data) else None
+            end = None
+    before = log[: end if end is not None else len(log) if cut else 0]
+    if before and isinstance(before[-1].data, ev.RunReset):
+        before = before[:-1]
+    return before[-1] if before and is_delivery(before[-1].data) else None
 
 
 def _compare(event: Event, command: Command | None) -> None:

@@ -401,6 +401,22 @@ class RunState:
     def _patch_marked(self, event: Event, data: ev.PatchMarked) -> None:
         """For the run's code only."""
 
+    def _run_reset(self, event: Event, data: ev.RunReset) -> None:
+        """What is open is the run's own from now on: its tokens are still to be granted, and its steps begin anew."""
+        for correlation_id, item in list(self.items.items()):
+            if type(item) is Watcher:
+                self._close(correlation_id)
+            elif type(item) is OpenHook and item.custom and not item.claiming:
+                item.claiming = True
+                self.claiming += 1
+                self.touched.add(correlation_id)
+        for correlation_id, item in self.items.items():
+            if type(item) is OpenStep:
+                item.attempt, item.executions, item.started = 1, 1, 0
+                item.claimed_by = item.worker = item.started_at = None
+                item.held = self.claiming > 0
+                self._turn(correlation_id, item, "scheduled", event.at + REDISPATCH_MS)
+
     def _run_watched(self, event: Event, data: ev.RunWatched) -> None:
         watcher = Watcher(run_id=data.run_id, correlation_id=data.correlation_id)
         self._open(watcher_id(data.run_id, data.correlation_id), watcher)

@@ -90,6 +90,22 @@ def rerun(
     shell.show({"run_id": run.id, "rerun_of": run_id}, lambda: run.id)
 
 
+def reset(
+    shell: Shell,
+    run_id: RunId,
+    to_event: Annotated[
+        int, typer.Option("--to-event", metavar="N", min=1, help="The last event that the new run keeps.")
+    ],
+    reason: Annotated[str | None, typer.Option(help="Recorded in both runs' logs.")] = None,
+) -> None:
+    """Starts a new run that goes on from an event of this one, which is cancelled if it has not ended."""
+    from durably.client.run import Run
+
+    with shell.connection() as connection:
+        run = Run[object](connection, run_id).reset(to_event, reason=reason)
+    shell.show({"run_id": run.id, "reset_of": run_id, "to_event": to_event}, lambda: run.id)
+
+
 def watch(shell: Shell, run_id: RunId) -> None:
     """Follows a run until it ends: each event is pushed as it is committed."""
     from rich.live import Live

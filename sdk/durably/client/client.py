@@ -208,6 +208,10 @@ class Client:
         """
         return self.get_run(run_id).rerun(run_id=new_id)
 
+    def reset(self, run_id: str, to_event: int, *, reason: str | None = None) -> Run[Any]:
+        """As `Run.reset`, of the run with this id."""
+        return self.get_run(run_id).reset(to_event, reason=reason)
+
     def runs(
         self,
         *,
@@ -354,6 +358,10 @@ class AsyncClient:
             ConfigurationError: no run may have one of these ids.
         """
         return await self.get_run(run_id).rerun(run_id=new_id)
+
+    async def reset(self, run_id: str, to_event: int, *, reason: str | None = None) -> AsyncRun[Any]:
+        """As `AsyncRun.reset`, of the run with this id."""
+        return await self.get_run(run_id).reset(to_event, reason=reason)
 
     async def runs(
         self,

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import msgspec
-from durably_schemas.records import CancelRun, Event, ReplyTo, RunStatus, RunSummary, StartRun
+from durably_schemas.records import CancelRun, Event, ReplyTo, ResetRun, RunStatus, RunSummary, StartRun
 
 from durably.client import stream
 from durably.client.exchange import (
@@ -26,6 +26,7 @@ from durably.client.outcome import summary_of, value_of
 from durably.client.starting import StartOptions
 from durably.client.stream import StreamInfo
 from durably.errors import DurablyError
+from durably.identifiers import new_run_id
 from durably.streams import bound_to
 
 if TYPE_CHECKING:
@@ -137,6 +138,23 @@ class Run(Generic[R]):
         submit(self._connection, command)
         return Run(self._connection, command.run_id, self._returns)
 
+    def reset(self, to_event: int, *, reason: str | None = None) -> Run[R]:
+        """Starts a new run that goes on from an event of this one's log, which is cancelled if it has not ended.
+
+        The new run has the log up to that event, with the results of steps; what follows is done again, by the code of
+        now. What the hooks that are open there receive later goes to the new run, too.
+
+        Args:
+            to_event: the last event that both have in common: its ``seq``, 1 or more.
+            reason: recorded in both logs.
+
+        Raises:
+            DurablyError: the run cannot be reset to this event; says why, and to which it can.
+        """
+        command = _reset(self.id, to_event, reason)
+        reply = answer(self._connection, self.id, command)
+        return Run(self._connection, summary_of(reply, self.id).run_id, self._returns)
+
     def __repr__(self) -> str:
         return f"<Run {self.id}>"
 
@@ -237,6 +255,23 @@ class AsyncRun(Generic[R]):
         await submit_async(self._connection, command)
         return AsyncRun(self._connection, command.run_id, self._returns)
 
+    async def reset(self, to_event: int, *, reason: str | None = None) -> AsyncRun[R]:
+        """Starts a new run that goes on from an event of this one's log, which is cancelled if it has not ended.
+
+        The new run has the log up to that event, with the results of steps; what follows is done again, by the code of
+        now. What the hooks that are open there receive later goes to the new run, too.
+
+        Args:
+            to_event: the last event that both have in common: its ``seq``, 1 or more.
+            reason: recorded in both logs.
+
+        Raises:
+            DurablyError: the run cannot be reset to this event; says why, and to which it can.
+        """
+        command = _reset(self.id, to_event, reason)
+        reply = await answer_async(self._connection, self.id, command)
+        return AsyncRun(self._connection, summary_of(reply, self.id).run_id, self._returns)
+
     def __repr__(self) -> str:
         return f"<AsyncRun {self.id}>"
 
@@ -252,6 +287,16 @@ def _cancel(run_id: str, reason: str | None) -> Command:
 
     def command(to: ReplyTo) -> CancelRun:
         return CancelRun(run_id=run_id, requested_at=now, reason=reason, reply_to=to)
+
+    return command
+
+
+def _reset(run_id: str, to_event: int, reason: str | None) -> Command:
+    now = time.time_ns() // 1_000_000
+    new = new_run_id()  # the same in every copy of the command
+
+    def command(to: ReplyTo) -> ResetRun:
+        return ResetRun(run_id=run_id, new_run_id=new, to_event=to_event, requested_at=now, reason=reason, reply_to=to)
 
     return command
 

@@ -12,11 +12,14 @@ from durably.authoring import registry as registered
 from durably.builds import checked_build, served
 from durably.errors import RegistrationError
 from durably_processor.engine.execution import Blocked, replay
+from durably_processor.partition import Poisoned
 from durably_schemas import Codec
 from durably_schemas import events as ev
+from durably_schemas import records as rec
 from engine_bench import Bench, once, work
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from partition_lab import CATALOGUE, CODEC, requests
 
 pytestmark = pytest.mark.usefixtures("guarded")
 
@@ -172,6 +175,32 @@ def test_what_blocked_a_run_is_new_to_the_code_that_takes_it_further():
     assert bench.value is True
     assert patches(bench) == ["mend"]
     replay(iter(bench.log), bench.environment).execution.close()
+
+
+def test_a_run_that_was_poisoned_goes_on_with_other_code_and_has_lost_nothing(lab, monkeypatch):
+    (request,) = requests(lab.settle(lab.start("napping", 1)), early=True)
+    lab.settle(lab.answer(request))
+    lab.now += 60_000
+    with monkeypatch.context() as broken:
+        broken.setattr("durably_processor.engine.run.Run.timer", lambda *_: 1 / 0)
+        with pytest.raises(Poisoned):
+            lab.turn()
+    read = {CATALOGUE.commands: 1, CATALOGUE.results: 1, CATALOGUE.signals: 0}
+    lab.partition.drop()
+    lab.options["poisoned"] = frozenset({"r1"})
+    lab.take_over(read)
+    lab.settle()
+    lab.settle()
+    assert lab.store.state("r1").header.blocked
+    del lab.options["poisoned"]
+    lab.environment.code_version = "fixed"
+    lab.partition.drop()
+    lab.take_over(read)
+    part = lab.settle()
+    types = [CODEC.decode_as(rec.Event, value).type for _, value in part.events]
+    assert types == ["run_unblocked", "step_created"], "the timer fired while it was blocked"
+    done = lab.settle(lab.answer(requests(part, early=False)[0]))
+    assert CODEC.decode_as(rec.Event, done.events[-1][1]).type == "run_completed"
 
 
 def test_a_patch_is_asked_for_in_a_workflow_and_has_a_name():

@@ -19,6 +19,7 @@ def list_(
     attribute: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only runs with this attribute. Repeatable.")
     ] = None,
+    build: Annotated[str | None, typer.Option(help="Only runs that are pinned to this build.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
 ) -> None:
     """Lists runs, newest first. In JSON, `events` is the log's length when the status, attributes or hooks last changed."""
@@ -35,7 +36,9 @@ def list_(
     statuses = cast("list[RunStatus] | None", status or None)
     attributes = pairs(attribute)
     with shell.connection() as connection:
-        runs = list_runs(connection, workflow=workflow, status=statuses, attributes=attributes, limit=limit)
+        runs = list_runs(
+            connection, workflow=workflow, status=statuses, attributes=attributes, build=build, limit=limit
+        )
     shell.show(runs, lambda: output.runs_table(runs))
 
 

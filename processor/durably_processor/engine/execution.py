@@ -170,9 +170,7 @@ class Execution:
         self._attributes: dict[str, str] = dict(created.attributes)
         self._commands: dict[str, Command] = {}  # by what they are about, in the order they arose
         self._patches: dict[str, bool] = {}  # as the run was answered first
-        self.recorded: Collection[str] | None = (
-            None  # patches that the log has, while it is replayed; None: what is new
-        )
+        self.recorded: Collection[str] | None = None  # the log's patches, while it is replayed; None: this is new
         self._obstacle: BaseException | None = None
         self._cancel_reason: str | None = None
         self._cancelling = False

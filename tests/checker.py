@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from durably.broker.port import TP, End, Message
 from durably_schemas import Codec, CodecError
 from durably_schemas import events as ev
-from durably_schemas.records import Event, RunSummary, StartRun
+from durably_schemas.records import Event, RunCopied, RunSummary, StartRun
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -55,13 +55,13 @@ def read(broker: Broker, topic: str, *, lenient: bool = False) -> list[tuple[Mes
 
 
 def started(broker: Broker, catalogue: Catalogue) -> set[str]:
-    """The runs that anybody asked for, workflows among them."""
+    """The runs that anybody asked for, workflows among them, and those that go on where others were."""
     letters = {(x.topic, x.partition, x.offset) for _, x in read(broker, catalogue.dead_letters)}
     return {
         record.run_id
         for message, record in read(broker, catalogue.commands, lenient=True)
         if isinstance(record, StartRun) and (message.topic, message.partition, message.offset) not in letters
-    }
+    } | {record.run_id for _, record in read(broker, catalogue.signals) if isinstance(record, RunCopied)}
 
 
 def violations(
@@ -135,7 +135,9 @@ def _about_run(run_id: str, log: Log, *, ended: bool) -> Iterator[str]:
     yield from _pairs(run_id, log, ev.StepCreated, STEP_ENDS)
     yield from _pairs(run_id, log, ev.WaitCreated, (ev.WaitCompleted,))
     yield from _pairs(run_id, log, ev.ChildCreated, (ev.ChildCompleted,))
-    yield from _pairs(run_id, log, ev.HookCreated, (ev.HookGranted, ev.HookConflict))
+    reset = next((place for place, e in enumerate(log) if isinstance(e.data, ev.RunReset)), 0)  # then claimed anew
+    claimed = [e for e in log[:reset] if not isinstance(e.data, ev.HookGranted)] + log[reset:]
+    yield from _pairs(run_id, claimed, ev.HookCreated, (ev.HookGranted, ev.HookConflict))
     yield from _attempts(run_id, log)
     yield from _hooks(run_id, log)
 

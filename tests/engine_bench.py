@@ -44,11 +44,22 @@ def step_result(request: rec.StepRequest, outcome: rec.StepSucceeded | rec.StepF
 class Bench:
     """One run, driven by hand; every step returns its argument unless told otherwise."""
 
-    def __init__(self, fn, *args, run_id: str = "wrun_1", registry: Registry | None = None, parent=None) -> None:
+    def __init__(
+        self,
+        fn,
+        *args,
+        run_id: str = "wrun_1",
+        registry: Registry | None = None,
+        parent=None,
+        build: str | None = None,
+        **how,
+    ) -> None:
         self.registry = registry or Registry()
-        self.registry.workflows["wf"] = WorkflowDefinition("wf", fn)
-        self.environment = Environment(self.registry, 1_000_000, {"default", "other"}, lambda _: nullcontext())
+        self.registry.workflows["wf"] = WorkflowDefinition("wf", fn, **how)
+        queues = {"default", "other", "default.v1"}
+        self.environment = Environment(self.registry, 1_000_000, queues, lambda _: nullcontext(), build=build)
         self.log: list[rec.Event] = []
+        self.queues: list[str] = []
         self.open: list[rec.StepRequest] = []
         self.signals: list[rec.Record] = []
         self.commands: list[rec.Record] = []
@@ -67,6 +78,7 @@ class Bench:
     def take(self, outcome) -> None:
         self.log += outcome.events
         self.open += [request for _, request in outcome.requests]
+        self.queues += [queue for queue, _ in outcome.requests]
         self.signals += outcome.signals
         self.commands += outcome.commands
 

@@ -37,12 +37,14 @@ class Admission:
         self._home = lru_cache(HOMES)(lambda key: partition_for(key, catalogue.partitions))
         self._max_payload_bytes = max_payload_bytes
         self._owners: dict[str, frozenset[type[rec.Record]]] = {
-            catalogue.commands: frozenset({rec.StartRun, rec.QueryRun, rec.CancelRun, rec.ResumeHook, rec.WatchRun}),
+            catalogue.commands: frozenset(
+                {rec.StartRun, rec.QueryRun, rec.CancelRun, rec.ResetRun, rec.ResumeHook, rec.WatchRun}
+            ),
             catalogue.results: frozenset({rec.StepResult, rec.StepHeartbeat, rec.StepClaim}),
             catalogue.signals: frozenset(
                 {
                     *(rec.ClaimToken, rec.TokenGranted, rec.TokenRefused, rec.ReleaseToken, rec.HookDelivery),
-                    rec.ChildFinished,
+                    *(rec.ChildFinished, rec.RunCopied),
                 }
             ),
         }
@@ -73,20 +75,20 @@ class Admission:
         elif isinstance(record, rec.StepResult):
             if isinstance(record.outcome, rec.StepFailed):
                 _check_time(max(0, record.outcome.retry_after or 0), "retry_after")
-        elif isinstance(record, rec.CancelRun) and len(record.reason or "") > LONGEST_REASON:
+        elif isinstance(record, rec.ResetRun):
+            _run_key(record.new_run_id)
+            _check_new_id(record.new_run_id)
+        if isinstance(record, rec.CancelRun | rec.ResetRun) and len(record.reason or "") > LONGEST_REASON:
             raise CodecError(f"a reason of {len(record.reason or ''):,} characters: {LONGEST_REASON:,} at most")
 
     def _check_run_id(self, message: Message, run_id: str) -> None:
-        key = run_id.encode()
-        if not run_id or len(key) > LONGEST_RUN_ID or not run_id.isprintable() or "|" in run_id:
-            raise CodecError(f"run_id {run_id!r:.100}: 1 to {LONGEST_RUN_ID} bytes, printable, without '|'")
+        key = _run_key(run_id)
         if message.key != key:
             raise CodecError(f"key {message.key!r:.100} is not the run_id {run_id!r}")
         self._check_home(key)
 
     def _check_start(self, record: rec.StartRun) -> None:
-        if record.run_id.startswith(tokens.PREFIX):
-            raise CodecError(f"run_id {record.run_id!r} begins with {tokens.PREFIX!r}, which is reserved for hooks")
+        _check_new_id(record.run_id)
         try:
             attributes.check_size(record.attributes)
         except RecordTooLarge as e:
@@ -94,6 +96,8 @@ class Admission:
         if record.parent is not None:
             for name in ("run_id", "root_run_id", "correlation_id"):
                 _check_id(getattr(record.parent, name), f"the parent's {name}")
+        if record.rerun_of is not None:
+            _check_id(record.rerun_of, "rerun_of")
         self._check_payload(record.input, "input")
 
     def _check_token(self, message: Message, token: str | None) -> None:
@@ -122,6 +126,19 @@ class Admission:
                 f"key {key!r} belongs on partition {home}, not {self._number}: "
                 "set the producer's partitioner to murmur2_random, the Java default"
             )
+
+
+def _run_key(run_id: str) -> bytes:
+    """The key of records about a run. Raises `CodecError` where no run may have this id."""
+    key = run_id.encode()
+    if not run_id or len(key) > LONGEST_RUN_ID or not run_id.isprintable() or "|" in run_id:
+        raise CodecError(f"run_id {run_id!r:.100}: 1 to {LONGEST_RUN_ID} bytes, printable, without '|'")
+    return key
+
+
+def _check_new_id(run_id: str) -> None:
+    if run_id.startswith(tokens.PREFIX):
+        raise CodecError(f"run_id {run_id!r} begins with {tokens.PREFIX!r}, which is reserved for hooks")
 
 
 def _check_time(ms: int, what: str) -> None:

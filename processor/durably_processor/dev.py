@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from durably.authoring import registry
 from durably.broker import connect
+from durably.builds import served
 from durably.worker import Worker
 
 from durably_processor.process import make_processor, prepare
@@ -33,7 +34,8 @@ class Dev:
 
     def __init__(self, settings: Settings, broker: Broker, queues: Sequence[str], concurrency: int) -> None:
         catalogue = settings.catalogue
-        names = tuple(sorted({*queues, *(step.queue for step in registry.steps.values())}))
+        plain = sorted({*queues, *(step.queue for step in registry.steps.values())})
+        names = tuple(served(plain, settings.build))
         broker.create(catalogue.topics(names))
         self._ready = threading.Event()
         self._failed: BaseException | None = None

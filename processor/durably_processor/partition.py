@@ -26,6 +26,7 @@ from durably_schemas.records import Event, Reply, ReplyTo
 from durably_processor.admission import KEYED_BY_TOKEN, Admission
 from durably_processor.answers import Answers
 from durably_processor.engine.execution import RECORD_OVERHEAD, Environment
+from durably_processor.engine.reset import CannotReset, copied
 from durably_processor.engine.run import Outcome, Resumed, Run
 from durably_processor.engine.state import OpenStep
 from durably_processor.state.store import (
@@ -159,6 +160,7 @@ class Partition:
         self._upkeep = Upkeep(number, store, self._tokens, codec, retention, now, self._let_go)
         self._parked: list[Message] = []  # about runs and steps that are not known yet
         self._late: list[Message] = []  # about hooks that are not: what opens them may be a step's result
+        self._resets: list[Message] = []  # of runs whose logs are not wholly in the store yet
         self._complete = False  # commands and signals have passed their ends: what is unknown now stays unknown
         self._caught_up = False  # results have, too: timers may fire
         self._leases_from = now() + LEASE_GRACE_MS
@@ -186,6 +188,12 @@ class Partition:
         """After the records of a turn: catching up, timers, the offsets to commit, memory."""
         if not self._caught_up:
             self._catch_up(turn)
+        if self._resets:
+            resets, self._resets = self._resets, []
+            for message in resets:
+                self._take(message, turn)
+            if len(self._resets) < len(resets):
+                self._committed = {}  # their offsets were held back
         if self._caught_up:
             self._unblock(turn)
             self._fire(turn)
@@ -199,7 +207,7 @@ class Partition:
     def offsets(self) -> dict[TP, int]:
         """What may be committed: parked records are still to be read again."""
         offsets = {TP(topic, self.number): position for topic, position in self._positions.items()}
-        for message in (*self._parked, *self._late):
+        for message in (*self._parked, *self._late, *self._resets):
             tp = TP(message.topic, self.number)
             offsets[tp] = min(offsets[tp], message.offset)
         self._committed = dict(self._positions)
@@ -251,6 +259,10 @@ class Partition:
             self._heartbeat(message, record, at, turn)
         elif isinstance(record, rec.CancelRun):
             self._cancel(record, at, turn)
+        elif isinstance(record, rec.ResetRun):
+            self._reset(message, record, at, turn)
+        elif isinstance(record, rec.RunCopied):
+            self._copied(record, at, turn)
         else:
             self._hook_record(message, record, at, turn)
 
@@ -284,7 +296,7 @@ class Partition:
 
     def _held(self, message: Message) -> bool:
         """Whether one that cannot be handled must wait, since it would be read again, and be two dead letters."""
-        for waiting in (self._parked, self._late):
+        for waiting in (self._parked, self._late, self._resets):
             if any(earlier.topic == message.topic for earlier in waiting):
                 waiting.append(message)
                 return True
@@ -330,6 +342,55 @@ class Partition:
             self._advance(entry, lambda: run.cancel(record.reason, at), turn, ordered=False)
         if record.reply_to is not None:
             self._answer_about(turn, record.reply_to, record.run_id, message=message)
+
+    # -- resetting -------------------------------------------------------------------------------------------------
+
+    def _reset(self, message: Message, record: rec.ResetRun, at: int, turn: Turn) -> None:
+        """Sends the beginning of a run's log to the owner of the run that is to go on from it, and ends the run."""
+        entry = self._entry(record.run_id)
+        if entry is None:
+            if record.reply_to is not None:
+                self._answer_about(turn, record.reply_to, record.run_id)
+            return
+        if entry.turn > turn.acked:
+            self._resets.append(message)  # the log is read from the store, which must have all of it
+            return
+        run = entry.run
+        try:
+            log = copied(list(self._history(record.run_id)(1)), run.state.header, record)
+            seed = rec.RunCopied(
+                run_id=record.new_run_id,
+                events=tuple(self._codec.encode(event) for event in log),
+                reason=record.reason,
+                reply_to=record.reply_to,
+            )
+            size, limit = sum(map(len, seed.events)), self._environment.max_payload_bytes
+            if size > limit:
+                raise CannotReset(
+                    f"its events up to {record.to_event} have {size:,} bytes, and {limit:,} can be copied at most: "
+                    f"reset to an earlier one"
+                )
+        except CannotReset as e:
+            self._refuse(record, str(e), turn)
+            return
+        self._advance(
+            entry, lambda: run.reset(record.to_event, record.new_run_id, record.reason, at), turn, ordered=False
+        )
+        self._send(turn.part(self.number, self.store), seed)
+
+    def _copied(self, record: rec.RunCopied, at: int, turn: Turn) -> None:
+        """A run that begins with another one's log; a copy of the record changes nothing."""
+        run_id = record.run_id
+        existing = self._entry(run_id) is not None
+        if not existing:
+            log = [self._codec.decode_as(Event, value) for value in record.events]
+            history = self._history(run_id)
+            with self._counted(run_id, 0) as obstacle:
+                run, outcome = Run.copied(record, log, at, self._environment, history, obstacle)
+            entry = self._runs[run_id] = _Entry(run, Stored(run_id))
+            self._record(entry, outcome, turn, early=False, before=None)
+        if record.reply_to is not None:
+            self._answer(turn, record.reply_to, lambda r: self._answers.summary(r, run_id, existing=existing))
 
     def _heartbeat(self, message: Message, record: rec.StepHeartbeat, at: int, turn: Turn) -> None:
         entry = self._entry(record.run_id)
@@ -395,7 +456,10 @@ class Partition:
 
                 self._advance(entry, act, turn, ordered=False)
                 resumed = found[0]
-        if resumed == "UNKNOWN" and not self._caught_up:
+        successor = None if entry is None else entry.run.state.header.successor
+        if resumed == "ENDED" and successor is not None and tokens.run_of(record.token) is not None:
+            self._hand_on(record, successor, hook_id, turn)
+        elif resumed == "UNKNOWN" and not self._caught_up:
             self._late.append(message)
         elif record.reply_to is None:
             pass
@@ -403,6 +467,18 @@ class Partition:
             self._answer_about(turn, record.reply_to, run_id)
         else:
             self._no_hook(turn, record.reply_to, run_id, record.token, _REFUSALS[resumed])
+
+    def _hand_on(self, record: rec.ResumeHook | rec.HookDelivery, successor: str, hook_id: str, turn: Turn) -> None:
+        """The run was reset: what comes by a token that names it is for the run that goes on in its place."""
+        delivery = rec.HookDelivery(
+            token=record.token,
+            run_id=successor,
+            hook_id=hook_id,
+            resume_id=record.resume_id,
+            payload=record.payload,
+            reply_to=record.reply_to,
+        )
+        self._send(turn.part(self.number, self.store), delivery)
 
     def _no_hook(self, turn: Turn, reply_to: ReplyTo, run_id: str | None, token: str, why: str) -> None:
         self._answer(
@@ -488,6 +564,9 @@ class Partition:
                 self._answer(turn, reply_to, lambda r: self._answers.result(r, run_id))
             else:
                 self._wait(run_id, reply_to, at)
+        elif record.token is not None and entry.run.state.header.successor is not None:
+            forwarded = msgspec.structs.replace(record, run_id=entry.run.state.header.successor)
+            self._send(turn.part(self.number, self.store), forwarded)
         elif record.token is not None and record.token not in entry.run.state.hooks and not self._caught_up:
             self._late.append(message)  # as of a resume: the hook may come of a result that is still ahead
         else:
@@ -835,7 +914,7 @@ class Partition:
         self._runs.clear()
 
 
-_COMMANDS = frozenset({rec.StartRun, rec.CancelRun, rec.WatchRun})
+_COMMANDS = frozenset({rec.StartRun, rec.CancelRun, rec.WatchRun, rec.QueryRun})
 _SIGNALLED: dict[type, Callable[[Run, Any, int], Outcome]] = {
     rec.TokenGranted: Run.granted,
     rec.TokenRefused: Run.refused,

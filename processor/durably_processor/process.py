@@ -61,6 +61,8 @@ def make_processor(settings: Settings, broker: Broker, ready: Callable[[], None]
         gateway_url=settings.gateway_url,
         retention=settings.retention,
         standby=settings.standby,
+        code_version=settings.code_version,
+        build=settings.build,
         ready=ready,
     )
 

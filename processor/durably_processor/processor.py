@@ -66,6 +66,8 @@ class Processor:
         gateway_url: where the gateway is, as new runs are told.
         retention: milliseconds that runs are kept for after their end; None: for ever.
         standby: whether copies are kept of the stores of partitions that others own.
+        code_version: what runs record as the code that executed them; made of the workflows' source when not given.
+        build: whose workers the pinned runs that begin here keep to.
         max_runs: how many live runs a partition keeps in memory.
         activation_limit: seconds after which workflow code that does not yield is interrupted.
         now: the clock, in milliseconds since the epoch.
@@ -90,6 +92,8 @@ class Processor:
         gateway_url: str | None = None,
         retention: int | None = None,
         standby: bool = False,
+        code_version: str | None = None,
+        build: str | None = None,
         max_runs: int = 20_000,
         activation_limit: float = 2.0,
         now: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
@@ -105,6 +109,7 @@ class Processor:
         self._always_replay = always_replay
         self._gateway_url = gateway_url
         self._retention = None if retention is None else Retention(retention, Truncation(broker, catalogue))
+        self._code_version, self._build = code_version, build
         self._max_runs = max_runs
         self._activation_limit = activation_limit
         self._now = now
@@ -137,6 +142,8 @@ class Processor:
                 self._queues(),
                 self._watchdog.watch,
                 self._gateway_url,
+                code_version=self._code_version,
+                build=self._build,
             )
             self._plain: Producer = self._broker.producer()
             self._consumer: Consumer = self._broker.consumer(

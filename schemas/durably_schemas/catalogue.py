@@ -45,7 +45,7 @@ class Catalogue(msgspec.Struct, frozen=True):
 
     @property
     def commands(self) -> str:
-        """Topic of StartRun, ResumeHook, CancelRun, QueryRun."""
+        """Topic of StartRun, ResumeHook, CancelRun, ResetRun, QueryRun."""
         return f"{self.namespace}.commands"
 
     @property
@@ -115,7 +115,7 @@ class Catalogue(msgspec.Struct, frozen=True):
         return (
             topic(
                 self.commands, "run ID, or the token of a custom-token hook", "clients, gateway, anyone",
-                _delete(7 * DAY_MS), "StartRun", "ResumeHook", "CancelRun", "QueryRun", "WatchRun",
+                _delete(7 * DAY_MS), "StartRun", "ResumeHook", "CancelRun", "QueryRun", "WatchRun", "ResetRun",
             ),
             topic(
                 self.results, "run ID", "workers",
@@ -124,6 +124,7 @@ class Catalogue(msgspec.Struct, frozen=True):
             topic(
                 self.signals, "run ID or token", processors, _delete(7 * DAY_MS),
                 "ClaimToken", "TokenGranted", "TokenRefused", "ReleaseToken", "HookDelivery", "ChildFinished",
+                "RunCopied",
             ),
             topic(
                 self.events, "run ID or token", processors,

@@ -35,7 +35,7 @@ RECORDS: tuple[type[records.Record], ...] = (
     records.StepRequest, records.StepResult, records.StepHeartbeat, records.StepClaim,
     records.Event, records.RunSummary, records.Reply, records.StreamChunk, records.DeadLetter,
     records.ClaimToken, records.TokenGranted, records.TokenRefused, records.ReleaseToken, records.HookDelivery,
-    records.WatchRun, records.ChildFinished, records.Snapshot,
+    records.WatchRun, records.ChildFinished, records.Snapshot, records.ResetRun, records.RunCopied,
 )  # fmt: skip
 
 

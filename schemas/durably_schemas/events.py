@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from durably_schemas.records import Error, Event, Parent, Payload, Record, RunStatus, StreamWritten
+from durably_schemas.records import Error, Event, Origin, Parent, Payload, Record, RunStatus, StreamWritten
 
 
 class Backoff(Record, frozen=True, kw_only=True):
@@ -14,7 +14,11 @@ class Backoff(Record, frozen=True, kw_only=True):
 
 
 class RunCreated(Record, frozen=True, kw_only=True):
-    """The first entry."""
+    """The first entry.
+
+    ``origins``: where the log's beginning was copied from, the earliest first; the last is the run that this one repeats.
+    ``version``: of the workflow's code, where that has several.
+    """
 
     workflow: str
     input: Payload
@@ -23,13 +27,20 @@ class RunCreated(Record, frozen=True, kw_only=True):
     start_at: int | None = None
     traceparent: str | None = None
     nonce: str = ""
+    origins: tuple[Origin, ...] = ()
+    version: int | None = None
 
 
 class RunStarted(Record, frozen=True, kw_only=True):
-    """Workflow code begins. ``url``: where the gateway is, as the run sees it for all its life."""
+    """Workflow code begins.
+
+    ``url``: where the gateway is, as the run sees it for all its life. ``build``: of the workers that its steps go to,
+    where it is pinned.
+    """
 
     code_version: str | None = None
     url: str | None = None
+    build: str | None = None
 
 
 class RunCompleted(Record, frozen=True, kw_only=True):
@@ -51,9 +62,10 @@ class RunCancelling(Record, frozen=True, kw_only=True):
 
 
 class RunCancelled(Record, frozen=True, kw_only=True):
-    """The workflow has ended after a cancellation."""
+    """The workflow has ended after a cancellation, or was reset: then its ``successor`` goes on."""
 
     reason: str | None = None
+    successor: str | None = None
 
 
 class RunBlocked(Record, frozen=True, kw_only=True):
@@ -224,12 +236,25 @@ class TokenReleased(Record, frozen=True, kw_only=True):
     resume_ids: tuple[str, ...] = ()
 
 
+class PatchMarked(Record, frozen=True, kw_only=True):
+    """The workflow's code asked for this patch where the run had not been before. ``deprecated``: by `deprecate_patch`."""
+
+    patch_id: str
+    deprecated: bool = False
+
+
+class RunReset(Record, frozen=True, kw_only=True):
+    """All before this was copied from another run; what is open is begun anew."""
+
+    reason: str | None = None
+
+
 EventData = (
     RunCreated | RunStarted | RunCompleted | RunFailed | RunCancelling | RunCancelled | RunBlocked | RunUnblocked
     | StepCreated | StepStarted | StepScheduled | StepRetrying | StepCompleted | StepFailed
     | StepCancelled | HookCreated | HookGranted | HookConflict | HookReceived | HookDisposed
     | WaitCreated | WaitCompleted | ChildCreated | ChildCancelling | ChildCompleted
-    | AttributesSet | RunWatched | TokenClaimed | TokenReleased
+    | AttributesSet | RunWatched | TokenClaimed | TokenReleased | PatchMarked | RunReset
 )  # fmt: skip
 
 TYPE_OF: dict[type[Record], str] = {
@@ -245,6 +270,7 @@ TYPE_OF: dict[type[Record], str] = {
     ChildCreated: "child_created", ChildCancelling: "child_cancelling", ChildCompleted: "child_completed",
     AttributesSet: "attributes_set", RunWatched: "run_watched",
     TokenClaimed: "token_claimed", TokenReleased: "token_released",
+    PatchMarked: "patch_marked", RunReset: "run_reset",
 }  # fmt: skip
 
 

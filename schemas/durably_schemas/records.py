@@ -56,10 +56,18 @@ class Parent(Record, frozen=True, kw_only=True):
     root_run_id: str
 
 
+class Origin(Record, frozen=True, kw_only=True):
+    """The run that this one repeats, and how many events of its log it was given; 0: it was begun anew."""
+
+    run_id: str
+    events: int = 0
+
+
 class StartRun(Record, frozen=True, kw_only=True):
     """Asks for a run. A second start of the same ``run_id`` attaches to the first.
 
     ``nonce``: random text; what keeps the tokens of the run's hooks from being guessed.
+    ``rerun_of``: the run whose workflow, input and attributes these are.
     """
 
     run_id: str
@@ -70,6 +78,7 @@ class StartRun(Record, frozen=True, kw_only=True):
     parent: Parent | None = None
     start_at: int | None = None
     nonce: str = ""
+    rerun_of: str | None = None
     reply_to: ReplyTo | None = None
 
 
@@ -87,6 +96,20 @@ class CancelRun(Record, frozen=True, kw_only=True):
     """Asks for the cancellation of a run."""
 
     run_id: str
+    requested_at: int
+    reason: str | None = None
+    reply_to: ReplyTo | None = None
+
+
+class ResetRun(Record, frozen=True, kw_only=True):
+    """Asks for a new run that goes on from an event of this one, which is ended if it has not.
+
+    ``to_event``: the last event that both have in common. ``new_run_id``: no run has had it; every copy has the same.
+    """
+
+    run_id: str
+    new_run_id: str
+    to_event: int
     requested_at: int
     reason: str | None = None
     reply_to: ReplyTo | None = None
@@ -188,7 +211,11 @@ class StepClaim(Record, frozen=True, kw_only=True):
 
 
 class RunSummary(Record, frozen=True, kw_only=True):
-    """The latest state of a run; on the compacted topic ``runs``. ``hooks``: tokens of open ones, the first 100."""
+    """The latest state of a run; on the compacted topic ``runs``.
+
+    ``hooks``: tokens of open ones, the first 100. ``build``: of the workers that it is pinned to. ``version``: of its
+    workflow. ``origin``: the run that it repeats.
+    """
 
     run_id: str
     workflow: str
@@ -202,6 +229,9 @@ class RunSummary(Record, frozen=True, kw_only=True):
     error: Error | None = None
     code_version: str | None = None
     hooks: tuple[str, ...] = ()
+    origin: Origin | None = None
+    build: str | None = None
+    version: int | None = None
 
 
 class Hook(Record, frozen=True, kw_only=True):
@@ -300,6 +330,15 @@ class WatchRun(Record, frozen=True, kw_only=True):
     run_id: str
     watcher_run_id: str
     correlation_id: str
+
+
+class RunCopied(Record, frozen=True, kw_only=True):
+    """The beginning of a new run's log, copied from that of the run that was reset, under the new run's id."""
+
+    run_id: str
+    events: tuple[bytes, ...]
+    reason: str | None = None
+    reply_to: ReplyTo | None = None
 
 
 class ChildFinished(Record, frozen=True, kw_only=True):

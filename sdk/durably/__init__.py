@@ -36,6 +36,7 @@ from durably.errors import (
     WorkerLostError,
 )
 from durably.hooks import Hook, HookDefinition, Webhook, create_hook, create_webhook, define_hook
+from durably.patches import deprecate_patch, patched
 from durably.runtime import get_step_metadata, get_workflow_metadata, set_attributes, sleep
 from durably.serialization import serializable
 from durably.streams import Readable, Writable, get_writable
@@ -111,6 +112,7 @@ __all__ = [
     "create_hook",
     "create_webhook",
     "define_hook",
+    "deprecate_patch",
     "fetch",
     "get_hook_by_token",
     "get_run",
@@ -118,6 +120,7 @@ __all__ = [
     "get_workflow_metadata",
     "get_writable",
     "options",
+    "patched",
     "resume_hook",
     "resume_webhook",
     "serializable",

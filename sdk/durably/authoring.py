@@ -8,6 +8,7 @@ import importlib
 import inspect
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from durably.errors import ConfigurationError, DurablyError, RegistrationError
 from durably.runtime import workflow_context
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
     from types import ModuleType
 
 P = ParamSpec("P")
@@ -126,10 +127,19 @@ class StepDefinition(Generic[P, R]):
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class WorkflowDefinition(Generic[P, R]):
-    """A function marked `workflow`. Start it with ``start()``; called inside a run it becomes part of that run."""
+    """A function marked `workflow`. Start it with ``start()``; called inside a run it becomes part of that run.
+
+    Attributes:
+        name: what runs are recorded under.
+        fn: the function.
+        version: which of several that stand side by side under one name; None: it is the only one.
+        pinned: a run's steps go to the workers of the build that it began with.
+    """
 
     name: str
     fn: Callable[..., Coroutine[Any, Any, Any]]
+    version: int | None = None
+    pinned: bool = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[None, None, R]:
         """Inlines the workflow into the run whose code is calling. Raises `DurablyError` elsewhere."""
@@ -150,38 +160,60 @@ class Registry:
     def __init__(self) -> None:
         self.workflows: dict[str, WorkflowDefinition[..., Any]] = {}
         self.steps: dict[str, StepDefinition[..., Any]] = {}
+        self._versions: dict[
+            str, WorkflowDefinition[..., Any]
+        ] = {}  # of workflows that have several, by "name version"
         self._code_version: str | None = None
 
     def add_workflow(self, definition: WorkflowDefinition[..., Any]) -> None:
-        """Registers, or replaces what the same place registered before. Raises `RegistrationError` on a clash."""
-        self._add("workflow", self.workflows, definition)
+        """Registers, or replaces what the same place registered before. Raises `RegistrationError` on a clash.
+
+        Of several versions of a workflow the newest is the one that `workflows` has.
+        """
+        newest = self.workflows.get(definition.name)
+        if definition.version is None or newest is None or newest.version is None:
+            self._add("workflow", self.workflows, definition.name, definition)
+        elif definition.version >= newest.version:
+            self.workflows[definition.name] = definition
+        if definition.version is not None:
+            self._add("workflow", self._versions, f"{definition.name} {definition.version}", definition)
         self._code_version = None
+
+    def versions(self, name: str) -> dict[int, WorkflowDefinition[..., Any]]:
+        """The versions of a workflow; none where it is registered without."""
+        found = (definition for definition in self._versions.values() if definition.name == name)
+        return {definition.version: definition for definition in found if definition.version is not None}
 
     def add_step(self, definition: StepDefinition[..., Any]) -> None:
         """Registers, or replaces what the same place registered before. Raises `RegistrationError` on a clash."""
-        self._add("step", self.steps, definition)
+        self._add("step", self.steps, definition.name, definition)
 
     def step(self, name: str) -> StepDefinition[..., Any] | None:
         """The step of this name: one of the user's, else one that durably brings along."""
         return self.steps.get(name) or _builtin_steps().get(name)
 
     def code_version(self) -> str:
-        """12 hex digits over the source of all registered workflows: equal where they replay alike."""
+        """12 hex digits over the source of all registered workflows, and of the modules of their packages.
+
+        Of the modules, too, because what a workflow calls decides as much as itself what it does.
+        """
         if self._code_version is None:
             digest = hashlib.blake2b(digest_size=6)
-            for name, definition in sorted(self.workflows.items()):
+            for name, definition in (*sorted(self.workflows.items()), *sorted(self._versions.items())):
                 digest.update(f"{name}\0{_source(definition.fn)}\0".encode())
+            for source in _module_sources(definition.fn.__module__ for definition in self.workflows.values()):
+                digest.update(source)
             self._code_version = digest.hexdigest()
         return self._code_version
 
-    def _add(self, kind: str, known: dict[str, D], definition: D) -> None:
-        other = known.get(definition.name)
+    def _add(self, kind: str, known: dict[str, D], key: str, definition: D) -> None:
+        other = known.get(key)
         if other is not None and _place(other.fn) != _place(definition.fn):
+            remedy = "give one of them name=" if kind == "step" else "give one of them name=, or each a version="
             raise RegistrationError(
-                f"two {kind}s are named {definition.name!r}: {_place(other.fn)} and {_place(definition.fn)}; "
-                f"give one of them name="
+                f"two {kind}s are named {key!r}: {_place(other.fn)} and {_place(definition.fn)}; {remedy}"
             )
-        known[definition.name] = definition
+        known[key] = definition
 
 
 @cache
@@ -208,23 +240,35 @@ class _StepDecorator(Protocol):
 def workflow(fn: Callable[P, Coroutine[Any, Any, R]], /) -> WorkflowDefinition[P, R]: ...
 @overload
 def workflow(
-    *, name: str | None = None
+    *, name: str | None = None, version: int | None = None, pinned: bool = False
 ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], WorkflowDefinition[P, R]]: ...
-def workflow(fn: Callable[..., Any] | None = None, /, *, name: str | None = None) -> Any:
+def workflow(
+    fn: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    version: int | None = None,
+    pinned: bool = False,
+) -> Any:
     """Marks an ``async def`` as a workflow: deterministic, executed in the processor, recorded.
 
     Args:
         fn: the function.
         name: what runs are recorded under, and what it is started by; the function's own name by default.
+        version: several functions may share a name, each with a version of its own, 1 or more: new runs begin with the
+            newest, and every run goes on with the one that it began with.
+        pinned: the steps of a run go to the workers of the build (``DURABLY_BUILD``) that it began with.
 
     Raises:
-        RegistrationError: not an ``async def``, or the name is taken.
+        RegistrationError: not an ``async def``, or the name is taken, or a version that is none.
     """
 
     def register(fn: Callable[..., Any]) -> WorkflowDefinition[..., Any]:
         if not inspect.iscoroutinefunction(fn):
             raise RegistrationError(f"workflow {_place(fn)} is not an async def: write it as one")
-        definition: WorkflowDefinition[..., Any] = WorkflowDefinition(_name(fn, name), fn)
+        if version is not None and (type(version) is not int or not 1 <= version < 2**31):
+            raise RegistrationError(f"workflow {_place(fn)}: version={version!r} must be a whole number, 1 or more")
+        definition: WorkflowDefinition[..., Any] = WorkflowDefinition(_name(fn, name), fn, version, pinned)
         registry.add_workflow(definition)
         return definition
 
@@ -369,6 +413,16 @@ def _backoff(name: str, value: Duration | Backoff) -> events.Backoff:
         return (value if isinstance(value, Backoff) else Backoff(initial=value, factor=1.0, maximum=value)).record()
     except (TypeError, ValueError) as e:
         raise RegistrationError(f"step {name}: backoff: {e}") from e
+
+
+def _module_sources(names: Iterable[str]) -> Iterator[bytes]:
+    """Of these modules and of all that are loaded of their packages, in the order of their names."""
+    packages = {name.partition(".")[0] for name in names}
+    for name, module in sorted(sys.modules.items()):
+        if name.partition(".")[0] not in packages or not getattr(module, "__file__", None):
+            continue
+        with suppress(OSError):  # in an archive, say
+            yield Path(module.__file__ or "").read_bytes()
 
 
 def _source(fn: Callable[..., Any]) -> str:

@@ -24,7 +24,9 @@ R = TypeVar("R")
 
 LONGEST_REASON = 16_384
 """Characters of a cancellation's reason."""
-_ASKS_THE_PROCESSOR = frozenset({"describe", "events", "hooks", "rerun", "status", "stream", "stream_info", "streams"})
+_ASKS_THE_PROCESSOR = frozenset(
+    {"describe", "events", "hooks", "rerun", "reset", "status", "stream", "stream_info", "streams"}
+)
 OnParentEnd = Literal["abandon", "cancel"]
 
 

@@ -94,6 +94,9 @@ class WorkflowContext(Protocol):
     def set_attributes(self, changes: dict[str, str | None]) -> None:
         """Changes attributes of the run; None removes one."""
 
+    def patched(self, patch_id: str, *, deprecated: bool) -> bool:
+        """Whether the run takes the new way, which it records."""
+
     def now_ms(self) -> int:
         """The run's own time."""
 

@@ -10,6 +10,7 @@ import msgspec
 from durably_schemas import Catalogue
 from durably_schemas.catalogue import PARTITIONS
 
+from durably.builds import checked_build
 from durably.durations import milliseconds
 from durably.errors import ConfigurationError
 
@@ -41,6 +42,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         gateway_url: where people reach the gateway, ``https://hooks.example.com``: the base of webhooks' URLs.
         retention: milliseconds that processors keep runs for after their end; None: for ever.
         standby: whether a processor keeps copies of the stores of partitions that others own.
+        code_version: what runs record as the code that executed them; made of the workflows' source when not given.
+        build: which deployment this process belongs to; runs of pinned workflows keep to the workers of theirs.
     """
 
     url: str
@@ -53,6 +56,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gateway_url: str | None = None
     retention: int | None = None
     standby: bool = False
+    code_version: str | None = None
+    build: str | None = None
 
     @property
     def catalogue(self) -> Catalogue:
@@ -74,6 +79,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         gateway_url: str | None = None,
         retention: str | None = None,
         standby: bool | None = None,
+        code_version: str | None = None,
+        build: str | None = None,
     ) -> Settings:
         """Settings from arguments, and where one is None, from ``DURABLY_*`` in the environment.
 
@@ -96,6 +103,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             gateway_url=source.gateway_url(gateway_url),
             retention=source.retention(retention),
             standby=source.standby(standby),
+            code_version=source.text("code_version", code_version),
+            build=source.build(build),
         )
 
 
@@ -151,6 +160,13 @@ class _Source:
         if value not in {None, "0", "1"}:
             raise self._bad("standby", given, value, "use 1 or 0")
         return value == "1"
+
+    def build(self, given: str | None) -> str | None:
+        value = self.text("build", given)
+        try:
+            return None if value is None else checked_build(value)
+        except ValueError:
+            raise self._bad("build", given, value, "use 1 to 64 letters, digits, '.', '_' and '-'") from None
 
     def dispatch(self, given: Dispatch | None) -> Dispatch:
         value = self.text("dispatch", given) or "early"

@@ -236,6 +236,7 @@ def test_a_rerun_repeats_input_and_attributes_under_another_id(system):
     assert again.id != run.id
     assert again.result(30) == 10
     assert again.describe().attributes == {"kind": "first"}
+    assert again.describe().origin == records.Origin(run_id=run.id)
     named = system.fresh("rerun")
     assert run.rerun(run_id=named).id == named
     assert system.client.get_run(named).result(30) == 10

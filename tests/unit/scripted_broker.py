@@ -21,6 +21,7 @@ from durably_schemas.records import (
     Record,
     Reply,
     ReplyTo,
+    ResetRun,
     RunSummary,
     StartRun,
     StreamChunk,
@@ -184,11 +185,17 @@ class ScriptedProcessor:
         match command:
             case StartRun():
                 self.start(command.run_id, command.workflow, command)
-            case CancelRun() | QueryRun() if command.run_id not in self.runs:
+            case CancelRun() | QueryRun() | ResetRun() if command.run_id not in self.runs:
                 self.reply(command.reply_to, Reply(request_id="", run_id=command.run_id, status="NOT_FOUND"))
             case CancelRun():
                 self.end(command.run_id, "cancelled", events.RunCancelled(reason=command.reason))
                 self.reply(command.reply_to, Reply(request_id="", summary=self.runs[command.run_id].summary))
+            case ResetRun() if command.to_event > len(self.runs[command.run_id].log):
+                refusal = Reply(request_id="", status="REFUSED", message=f"there is no event {command.to_event}")
+                self.reply(command.reply_to, refusal)
+            case ResetRun():
+                new = self.start(command.new_run_id, self.runs[command.run_id].summary.workflow)
+                self.reply(command.reply_to, Reply(request_id="", summary=new.summary))
             case QueryRun():
                 self.query(self.runs[command.run_id], command)
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from durably import authoring, runtime
-from durably.authoring import Backoff, Registry, load_module, step, workflow
+from durably.authoring import Backoff, Registry, WorkflowDefinition, load_module, step, workflow
 from durably.errors import ConfigurationError, DurablyError, RegistrationError
 from durably.streams import Writable, get_writable
 from durably_schemas import events
@@ -198,6 +198,24 @@ def test_the_code_version_follows_the_source(registry):
     assert len({empty, first, registry.code_version()}) == 3
     assert len(first) == 12
     assert int(first, 16) >= 0
+
+
+def test_the_code_version_follows_what_a_workflow_calls(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "versions_shop"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "flows.py").write_text("from versions_shop import prices\nasync def flow(): return prices.of(1)\n")
+    seen = []
+    for factor in (2, 3, 2):
+        (package / "prices.py").write_text(f"def of(n): return n * {factor}\n")
+        found = load_module("versions_shop.flows")
+        registry = Registry()
+        registry.add_workflow(WorkflowDefinition("flow", found.flow))
+        seen.append(registry.code_version())
+        for name in [name for name in sys.modules if name.startswith("versions_shop")]:
+            del sys.modules[name]
+    assert seen[0] == seen[2] != seen[1]
 
 
 def test_modules_load_by_name_and_by_path(tmp_path, monkeypatch):

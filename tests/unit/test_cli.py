@@ -26,7 +26,7 @@ from durably.errors import ConfigurationError
 from durably_schemas import Catalogue, events
 from durably_schemas.catalogue import partition_for
 from durably_schemas.codec import RECORDS
-from durably_schemas.records import CancelRun, Error, StartRun, StreamChunk, StreamWritten
+from durably_schemas.records import CancelRun, Error, Origin, ResetRun, StartRun, StreamChunk, StreamWritten
 from rich.console import Console
 from typer.testing import CliRunner, Result
 from unit.scripted_broker import ScriptedBroker, ScriptedProcessor
@@ -242,6 +242,11 @@ def test_runs_are_listed_as_a_table_or_as_json(processor: ScriptedProcessor, dur
     ] == ["r2"]
     assert json.loads(durably_("runs", "list", "--status", "completed", "--json").stdout)[0]["run_id"] == "r1"
     assert durably_("runs", "list", "--status", "done").exit_code == 2
+    assert json.loads(durably_("runs", "list", "--build", "v1", "--json").stdout) == []
+    processor.change("r1", build="v1", version=2, origin=Origin(run_id="r0", events=5))
+    assert [run["run_id"] for run in json.loads(durably_("runs", "list", "--build", "v1", "--json").stdout)] == ["r1"]
+    shown = " ".join(durably_("runs", "show", "r1").stdout.split())
+    assert "version 2 build v1 origin r0 (its first 5 events)" in shown
 
 
 def test_a_run_and_its_log_are_shown_with_their_values(processor: ScriptedProcessor, durably_: Any) -> None:
@@ -338,6 +343,19 @@ def test_a_run_is_done_again(broker: ScriptedBroker, processor: ScriptedProcesso
     assert "there is no run nobody" in durably_("runs", "rerun", "nobody").stderr
 
 
+def test_a_run_is_reset_to_an_event(broker: ScriptedBroker, processor: ScriptedProcessor, durably_: Any) -> None:
+    durably_("start", "greet", '"Ada"', "--run-id", "r1")
+    told = json.loads(durably_("runs", "reset", "r1", "--to-event", "1", "--reason", "again", "--json").stdout)
+    (command,) = [c for c in broker.sent if isinstance(c, ResetRun)]
+    assert told == {"run_id": command.new_run_id, "reset_of": "r1", "to_event": 1}
+    assert (command.run_id, command.to_event, command.reason) == ("r1", 1, "again")
+    assert durably_("runs", "reset", "r1", "--to-event", "1").stdout.startswith("wrun_")
+    refused = durably_("runs", "reset", "r1", "--to-event", "9")
+    assert refused.exit_code == 1
+    assert "no event 9" in refused.stderr
+    assert "there is no run nobody" in durably_("runs", "reset", "nobody", "--to-event", "1").stderr
+
+
 # hooks
 
 
@@ -399,6 +417,9 @@ def test_topics_are_created_once_with_the_count_that_the_installation_has(
     again = json.loads(durably_("topics", "create", "--queue", "gpu", "--json").stdout)
     assert again["created"] == ["durably.requests.gpu"]
     assert broker.states["durably.requests.gpu"].partitions == 5
+    build = json.loads(durably_("topics", "create", "--queue", "gpu", "--build", "v2", "--json").stdout)
+    assert build["created"] == ["durably.requests.gpu.v2"]
+    assert "build 'v/2': letters, digits" in durably_("topics", "create", "--build", "v/2").stderr.replace("│", " ")
     refused = durably_("topics", "create", "--partitions", "6")
     assert refused.exit_code == 1
     assert "5 partitions, but 6 are asked for" in refused.stderr
@@ -586,6 +607,11 @@ def test_a_worker_needs_its_modules_and_its_topics(durably_: Any, tmp_path: Path
     result = durably_("worker", str(module), "--queue", "gpu")
     assert result.exit_code == 1
     assert "durably.requests.gpu: create them with `durably topics create --queue gpu`" in result.stderr
+    result = durably_("worker", str(module), "--build", "v2")
+    assert (
+        "durably.requests.default.v2: create them with `durably topics create --queue default --build v2`"
+        in result.stderr
+    )
 
 
 def test_every_command_has_the_common_options() -> None:
@@ -596,7 +622,7 @@ def test_every_command_has_the_common_options() -> None:
     from typer.main import get_command
 
     found = commands(get_command(app))
-    assert len(found) == 20
+    assert len(found) == 21
     for one in found:
         assert {"url", "namespace", "json", "verbose"} <= {parameter.name for parameter in one.params}
 
@@ -649,6 +675,8 @@ def test_acls_are_commands_of_kafkas_own_with_the_reason_above_each(durably_: An
     ]
     assert any(line.endswith("--operation Write --topic durably.commands") for line in lines)
     assert not any(line.endswith("--topic durably.events") for line in lines)
+    result = durably_("acls", "--role", "worker", "--principal", "User:mail", "--build", "v2")
+    assert "--topic durably.requests.default.v2\n" in result.stdout
 
 
 def test_acls_as_json_are_one_object_on_each_line(durably_: Any) -> None:

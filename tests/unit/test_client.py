@@ -537,6 +537,9 @@ def test_a_run_is_started_again_with_the_same_input_and_attributes(
     assert second.result(timeout=5) == Greeting("Ada")
     with pytest.raises(RunNotFoundError):
         client.get_run("nobody").rerun()
+    fourth = client.rerun(first.id, new_id="fourth")
+    assert (fourth.id, starts(broker)[-1].input) == ("fourth", before.input)
+    assert [s.rerun_of for s in starts(broker)] == [None, first.id, first.id, first.id]
 
 
 def test_every_start_has_a_nonce_of_its_own(broker: ScriptedBroker, client: Client) -> None:

@@ -32,6 +32,8 @@ def test_every_variable_is_read() -> None:
             "DURABLY_GROUP_INSTANCE_ID": "p-1",
             "DURABLY_RETENTION": "30d",
             "DURABLY_STANDBY": "1",
+            "DURABLY_CODE_VERSION": "4b2a163",
+            "DURABLY_BUILD": "v2",
             "DURABLY_KAFKA_SASL_MECHANISM": "PLAIN",
             "DURABLY_KAFKA_SSL_CA_LOCATION": "/ca.pem",
         }
@@ -39,6 +41,7 @@ def test_every_variable_is_read() -> None:
     assert settings == Settings(
         url="kafka://a:1", namespace="shop", partitions=3, dispatch="committed", data_dir=Path("/data"),
         group_instance_id="p-1", retention=30 * 86_400_000, standby=True, kafka={"sasl.mechanism": "PLAIN", "ssl.ca.location": "/ca.pem"},
+        code_version="4b2a163", build="v2",
     )  # fmt: skip
 
 
@@ -57,6 +60,7 @@ def test_arguments_stand_before_the_environment_and_empty_variables_count_as_uns
         ("NAMESPACE", "a b"),
         ("DISPATCH", "late"),
         ("STANDBY", "maybe"),
+        ("BUILD", "a/b"),
         ("RETENTION", "soon"),
         ("RETENTION", "-1s"),
         ("RETENTION", "19s"),

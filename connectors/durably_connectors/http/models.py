@@ -56,6 +56,13 @@ class Parent(BaseModel):
     root_run_id: str
 
 
+class Origin(BaseModel):
+    """The run that this one repeats."""
+
+    run_id: str
+    events: int = Field(description="How many events of that run's log this one was given; 0: it was begun anew.")
+
+
 class Run(BaseModel):
     """A run, as committed."""
 
@@ -73,6 +80,9 @@ class Run(BaseModel):
     error: Error | None = None
     code_version: str | None = None
     hooks: list[str] = Field(description="Tokens of its open hooks, the first 100.")
+    origin: Origin | None = None
+    build: str | None = Field(None, description="Of the workers that it is pinned to.")
+    version: int | None = Field(None, description="Of its workflow, where that has several.")
 
 
 class Runs(BaseModel):

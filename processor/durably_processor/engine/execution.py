@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from durably import attributes, failures, payloads, tokens
 from durably.authoring import Registry, StepDefinition, WorkflowDefinition
+from durably.builds import pinned_queue
 from durably.durations import Duration, milliseconds
 from durably.errors import (
     ConfigurationError,
@@ -49,7 +50,7 @@ DERIVED = 4_096
 
 _COMMANDS = (
     ev.StepCreated, ev.StepCancelled, ev.WaitCreated, ev.HookCreated, ev.HookDisposed, ev.ChildCreated,
-    ev.ChildCancelling, ev.AttributesSet, ev.RunCompleted, ev.RunFailed, ev.RunCancelled,
+    ev.ChildCancelling, ev.AttributesSet, ev.PatchMarked, ev.RunCompleted, ev.RunFailed, ev.RunCancelled,
 )  # fmt: skip
 _DELIVERIES = (
     ev.RunStarted, ev.StepCompleted, ev.StepFailed, ev.HookGranted, ev.HookConflict, ev.HookReceived,
@@ -86,6 +87,8 @@ class Environment:
         queues: those whose topic exists; kept up to date from outside, since an activation does no I/O.
         watch: a context manager around each activation; raises `ActivationTimeout` within it when it takes too long.
         gateway_url: where the gateway is, for the runs that start from now on.
+        code_version: of all that is registered; made of its source when not given.
+        build: whose workers the pinned runs keep to that start from now on.
     """
 
     def __init__(
@@ -95,42 +98,66 @@ class Environment:
         queues: Collection[str],
         watch: Callable[[str], AbstractContextManager[Any]],
         gateway_url: str | None = None,
+        *,
+        code_version: str | None = None,
+        build: str | None = None,
     ) -> None:
         self.registry = registry
         # The minor version counts as code: asyncio's own order of turns differs between them.
-        self.code_version = f"{registry.code_version()}-py{sys.version_info.major}.{sys.version_info.minor}"
+        python = f"py{sys.version_info.major}.{sys.version_info.minor}"
+        self.code_version = f"{code_version or registry.code_version()}-{python}"
+        self.build = build
         self.max_event_bytes = max_record_bytes
         self.max_payload_bytes = max_record_bytes - RECORD_OVERHEAD
         self.queues = queues
         self.watch = watch
         self.gateway_url = gateway_url
 
-    def workflow(self, name: str) -> WorkflowDefinition[..., Any]:
-        """The workflow of this name. Raises `Blocked` where this processor has none."""
-        found = self.registry.workflows.get(name)
-        if found is None:
+    def workflow(self, name: str, version: int | None) -> WorkflowDefinition[..., Any]:
+        """The workflow of this name and version. Raises `Blocked` where this processor does not have it."""
+        newest = self.registry.workflows.get(name)
+        if newest is None:
             known = ", ".join(sorted(self.registry.workflows)) or "none"
-            error = RegistrationError(
-                f"unknown workflow {name!r}: this processor has {known}; "
-                "start it with the module that defines it, and the run goes on"
-            )
-            raise Blocked(to_error(error))
-        return found
+            what = f"unknown workflow {name!r}: this processor has {known}"
+        elif newest.version == version:
+            return newest
+        else:
+            versions = self.registry.versions(name)
+            if version is None:  # begun before the workflow had versions
+                return versions[min(versions)]
+            if version in versions:
+                return versions[version]
+            known = ", ".join(map(str, sorted(versions))) or "no versions of it"
+            what = f"the run began with version {version} of workflow {name!r}: this processor has {known}"
+        error = RegistrationError(f"{what}; start it with the module that defines it, and the run goes on")
+        raise Blocked(to_error(error))
+
+    def newest(self, name: str) -> int | None:
+        """The version that new runs of a workflow begin with; None where it has none."""
+        found = self.registry.workflows.get(name)
+        return None if found is None else found.version
+
+    def build_of(self, workflow: WorkflowDefinition[..., Any]) -> str | None:
+        """The build whose workers a run that starts now keeps to; None: its steps go to all workers."""
+        return self.build if workflow.pinned else None
 
 
 class Execution:
     """One run's workflow coroutine and everything that it waits for. Also its `WorkflowContext` and loop `Host`."""
 
     def __init__(self, run_id: str, created: ev.RunCreated, environment: Environment) -> None:
-        self.run_id = run_id
+        self._steps_of = run_id
+        self._origins = created.origins
+        self.run_id = self._identity(1)
         self.workflow_name = created.workflow
         self.started_at_ms = 0
         self.url: str | None = None
+        self._build: str | None = None
         self._nonce = created.nonce
-        self._workflow = environment.workflow(created.workflow)
+        self.workflow = environment.workflow(created.workflow, created.version)
         self._environment = environment
         self._input = created.input
-        self._loop = DeterministicLoop(run_id, self)
+        self._loop = DeterministicLoop(self.run_id, self)
         self._loop.workflow_context = self
         self._main: Task[Any] | None = None
         self._ordinal = 0
@@ -142,6 +169,8 @@ class Execution:
         self._watched: dict[str, str] = {}  # by run id
         self._attributes: dict[str, str] = dict(created.attributes)
         self._commands: dict[str, Command] = {}  # by what they are about, in the order they arose
+        self._patches: dict[str, bool] = {}  # as the run was answered first
+        self.recorded: Collection[str] | None = None  # the log's patches, while it is replayed; None: this is new
         self._obstacle: BaseException | None = None
         self._cancel_reason: str | None = None
         self._cancelling = False
@@ -156,6 +185,9 @@ class Execution:
         """
         loop = self._loop
         loop.now_ms = max(loop.now_ms, event.at)
+        if self._origins and self.run_id != (identity := self._identity(event.seq)):
+            self.run_id = identity
+            loop.reseed(identity)
         try:
             with self._environment.watch(self.run_id):
                 self._take(event)
@@ -165,6 +197,14 @@ class Execution:
             raise Blocked(to_error(e)) from e
         commands, self._commands = self._commands, {}
         return list(commands.values())
+
+    def _identity(self, seq: int) -> str:
+        """Which run's id the code sees, and its ids and random values derive from, when this event is delivered.
+
+        Where the beginning of the log was copied from another run, the code must do there as it did then. What it does
+        after the last copied event is its own.
+        """
+        return next((origin.run_id for origin in self._origins if seq < origin.events), self._steps_of)
 
     def _conclude(self) -> None:
         if self._obstacle is not None:
@@ -203,7 +243,7 @@ class Execution:
             if ended is not None and not ended.done():
                 ended.set_result(data)
         elif isinstance(data, ev.RunStarted):
-            self.started_at_ms, self.url = event.at, data.url
+            self.started_at_ms, self.url, self._build = event.at, data.url, data.build
             self._main = self._loop.create_task(self._body(), name=self.workflow_name)
         elif isinstance(data, ev.RunCancelling) and self._main is not None:
             self._cancelling, self._cancel_reason = True, data.reason
@@ -223,10 +263,10 @@ class Execution:
 
     async def _body(self) -> Any:
         try:
-            args, kwargs = payloads.load_arguments(self._input, self._workflow.fn)
+            args, kwargs = payloads.load_arguments(self._input, self.workflow.fn)
         except PayloadCodecError as e:
             await self._park(e)
-        return await self._workflow.fn(*args, **kwargs)
+        return await self.workflow.fn(*args, **kwargs)
 
     def _outcome(self, main: Task[Any]) -> ev.EventData:
         if main.cancelled():
@@ -239,7 +279,7 @@ class Execution:
         if error is None:
             try:
                 what = f"the result of workflow {self.workflow_name!r}"
-                result = payloads.dump_result(self._workflow.fn, main.result(), what)
+                result = payloads.dump_result(self.workflow.fn, main.result(), what)
                 self._check_size(result, what)
                 return ev.RunCompleted(result=result)
             except (SerializationError, RecordTooLarge) as e:
@@ -255,18 +295,20 @@ class Execution:
         fingerprint = payloads.fingerprint(step.name, plain, self._input)
         payload = payloads.encode(plain)
         self._check_size(payload, f"the arguments of step {step.name!r}")
-        if step.queue not in self._environment.queues:
+        queue = step.queue if self._build is None else pinned_queue(step.queue, self._build)
+        if queue not in self._environment.queues:
+            options = f"--queue {step.queue}" + (f" --build {self._build}" if self._build is not None else "")
             await self._park(
                 ConfigurationError(
-                    f"step {step.name!r} goes to queue {step.queue!r}, whose topic does not exist: "
-                    f"create it with `durably topics create --queue {step.queue}`, then restart the processors"
+                    f"step {step.name!r} goes to queue {queue!r}, whose topic does not exist: "
+                    f"create it with `durably topics create {options}`, then restart the processors"
                 )
             )
         step_id = self._name_step(fingerprint)
         future = self._futures[step_id] = self._loop.create_future()
         created = ev.StepCreated(
             step=step.name,
-            queue=step.queue,
+            queue=queue,
             input=payload,
             fingerprint=fingerprint,
             max_retries=step.max_retries,
@@ -394,16 +436,23 @@ class Execution:
             changes = {**before.data.attributes, **changes}
         self._commands["attributes"] = Command(ev.AttributesSet(attributes=changes))
 
+    def patched(self, patch_id: str, *, deprecated: bool) -> bool:
+        """A command where the run takes the new way: with what is new, or as the log says."""
+        self._loop.check_alive()
+        known = self._patches.get(patch_id)
+        if known is None:
+            known = self._patches[patch_id] = self.recorded is None or patch_id in self.recorded
+            if known:
+                self._commands[f"patch/{patch_id}"] = Command(ev.PatchMarked(patch_id=patch_id, deprecated=deprecated))
+        return known
+
     def now_ms(self) -> int:
         """That of the event which is being delivered."""
         return self._loop.now_ms
 
     def _name_step(self, fingerprint: str) -> str:
-        # Unique across runs, since it is the idempotency key that steps hand to other systems; and different for
-        # different work at the same place, so that what a crash orphaned is never mistaken for its successor.
         self._ordinal += 1
-        digest = blake2b(f"{self.run_id}\0{self._ordinal}\0{fingerprint}".encode(), digest_size=10).hexdigest()
-        return f"step_{self._ordinal}_{digest}"
+        return step_id(self._steps_of, self._ordinal, fingerprint)
 
     def _check_size(self, payload: Payload, what: str) -> None:
         size, limit = len(payload.data), self._environment.max_payload_bytes
@@ -440,6 +489,16 @@ class Execution:
             self._commands[wait_id] = Command(ev.WaitCompleted(cancelled=True), wait_id)
 
 
+def step_id(run_id: str, ordinal: int, fingerprint: str) -> str:
+    """The id of a run's n-th step.
+
+    Unique across runs, since it is the idempotency key that steps hand to other systems; and different for different
+    work at the same place, so that what a crash orphaned is never mistaken for its successor.
+    """
+    digest = blake2b(f"{run_id}\0{ordinal}\0{fingerprint}".encode(), digest_size=10).hexdigest()
+    return f"step_{ordinal}_{digest}"
+
+
 def _exception_of(data: ev.StepFailed) -> BaseException:
     error = to_exception(data.error)
     if data.attempt > 1:
@@ -470,31 +529,35 @@ class Replayed(NamedTuple):
     backlog: list[Event]
 
 
-def replay(log: Iterable[Event], environment: Environment) -> Replayed:
+def replay(log: Iterable[Event], environment: Environment, *, cut: bool = False) -> Replayed:
     """Executes a run again from its log and compares every command with what the log says was asked for.
+
+    Args:
+        log: the run's.
+        environment: see `Environment`.
+        cut: the log is the beginning of another run's, and what its last event led to may be missing.
 
     Raises `Blocked` at the first difference, with what was expected and what was found.
     """
-    execution: Execution | None = None
+    first, *rest = log
+    assert isinstance(first.data, ev.RunCreated), first
+    execution = Execution(first.run_id, first.data, environment)
     try:
-        for event in log:
-            if execution is None:
-                assert isinstance(event.data, ev.RunCreated), event
-                execution = Execution(event.run_id, event.data, environment)
-                replaying = _Replaying(execution)
-            else:
-                replaying.take(event)
-        assert execution is not None, "an empty log"
+        replaying = _Replaying(execution, rest, cut=cut)
+        for event in rest:
+            replaying.take(event)
         return replaying.end()
     except BaseException:
-        if execution is not None:
-            execution.close()
+        execution.close()
         raise
 
 
 class _Replaying:
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: Execution, log: Sequence[Event], *, cut: bool) -> None:
         self._execution = execution
+        self._cut = cut
+        self._patches = frozenset(e.data.patch_id for e in log if isinstance(e.data, ev.PatchMarked))
+        self._unanswered = _unanswered(log, cut=cut)
         self._pending: deque[Command] = deque()
         self._backlog: list[Event] | None = None  # a list while the log has the run blocked
 
@@ -505,7 +568,9 @@ class _Replaying:
         elif isinstance(data, ev.RunUnblocked):
             backlog, self._backlog = self._backlog or [], None
             for delivery in backlog:
-                self._pending.extend(self._execution.deliver(delivery))
+                self._deliver(delivery)
+        elif self._is_superfluous(data):
+            pass
         elif is_command(data):
             _compare(event, self._pending.popleft() if self._pending else None)
         elif is_delivery(data):
@@ -514,12 +579,41 @@ class _Replaying:
                 return
             if self._pending:
                 _diverged(event, self._pending[0])
-            self._pending.extend(self._execution.deliver(event))
+            self._deliver(event)
+
+    def _deliver(self, event: Event) -> None:
+        self._execution.recorded = None if event is self._unanswered else self._patches
+        self._pending.extend(self._execution.deliver(event))
+        self._execution.recorded = None
+
+    def _is_superfluous(self, data: ev.EventData) -> bool:
+        """A deprecated patch that the code does not ask for any more."""
+        if not isinstance(data, ev.PatchMarked) or not data.deprecated:
+            return False
+        asked = self._pending[0].data if self._pending else None
+        return not isinstance(asked, ev.PatchMarked) or asked.patch_id != data.patch_id
 
     def end(self) -> Replayed:
-        if self._pending and self._backlog is None:
+        if self._pending and self._backlog is None and not self._cut:
             _diverged(None, self._pending[0])
         return Replayed(self._execution, self._pending, self._backlog or [])
+
+
+def _unanswered(log: Sequence[Event], *, cut: bool) -> Event | None:
+    """The delivery that blocked the run, where it still is, or behind which its log was cut.
+
+    What the code makes of it is not in the log, and is new.
+    """
+    end: int | None = None
+    for place, event in enumerate(log):
+        if isinstance(event.data, ev.RunBlocked):
+            end = place if end is None else end
+        elif isinstance(event.data, ev.RunUnblocked):
+            end = None
+    before = log[: end if end is not None else len(log) if cut else 0]
+    if before and isinstance(before[-1].data, ev.RunReset):
+        before = before[:-1]
+    return before[-1] if before and is_delivery(before[-1].data) else None
 
 
 def _compare(event: Event, command: Command | None) -> None:
@@ -540,6 +634,8 @@ def _identity(data: ev.EventData) -> object:
         return data.child_run_id, data.workflow
     if isinstance(data, ev.AttributesSet):
         return data.attributes
+    if isinstance(data, ev.PatchMarked):
+        return data.patch_id
     return None
 
 
@@ -562,4 +658,6 @@ def _describe(data: ev.EventData, correlation_id: str | None) -> str:
         return f"{name} {data.workflow} {data.child_run_id} ({correlation_id})"
     if isinstance(data, ev.AttributesSet):
         return f"{name} {data.attributes}"
+    if isinstance(data, ev.PatchMarked):
+        return f"{name} {data.patch_id}"
     return f"{name} ({correlation_id})" if correlation_id else name

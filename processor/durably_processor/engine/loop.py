@@ -63,6 +63,10 @@ def refusal(call: str) -> DeterminismError:
     )
 
 
+def _digest(seed: str) -> int:
+    return int.from_bytes(blake2b(seed.encode(), digest_size=20).digest(), "big")
+
+
 def _refused(name: str) -> Any:
     def method(self: DeterministicLoop, *_: object, **__: object) -> NoReturn:
         if self.dead:
@@ -147,7 +151,7 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
 
     def __init__(self, seed: str, host: Host) -> None:
         self._host = host
-        self._digest = int.from_bytes(blake2b(seed.encode(), digest_size=20).digest(), "big")
+        self._digest = _digest(seed)
         self._hash_base = (self._digest & 0xFFFF_FFFF) << _ORDINAL_BITS
         self._ordinals = 0
         self._timer_ordinals = 0
@@ -171,6 +175,11 @@ class DeterministicLoop(asyncio.AbstractEventLoop):
     def random(self) -> random.Random:
         """The run's randomness. Made when first drawn from: a generator takes 2.5 KB, and most runs need none."""
         return random.Random(self._digest)  # noqa: S311 - deterministic on purpose
+
+    def reseed(self, seed: str) -> None:
+        """Randomness derives from this from now on; hashes do not, since there are sets that are ordered by them."""
+        self._digest = _digest(seed)
+        self.__dict__.pop("random", None)
 
     def next_hash(self) -> int:
         """The hash of the run's next task or future.

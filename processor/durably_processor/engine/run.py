@@ -7,6 +7,8 @@ What each input does, by the state that it finds (anything else is a duplicate o
                                                 step_started, step_retrying
     heartbeat           step scheduled          step_started with a lease;  leased: the lease is extended
     claim               step scheduled          step_started, answer OPEN;  leased: LEASED;  else: DONE
+    log of a reset run  no such run             its events, run_reset, commands, the steps that are open
+    reset               not ended               run_cancelled
     cancel              running                 run_cancelling, commands;  pending or blocked: run_cancelled
     resume              hook active             hook_received, commands
     token granted       hook claiming           hook_granted, commands, the steps that were held;  else: a release
@@ -79,7 +81,7 @@ class Run:
         history: the run's log from a seq on; asked for only while every event is in it.
     """
 
-    __slots__ = ("_end", "_environment", "_execution", "_history", "_out", "state")
+    __slots__ = ("_end", "_environment", "_execution", "_history", "_kept", "_out", "state")
 
     def __init__(self, state: RunState, environment: Environment, history: Callable[[int], Iterable[Event]]) -> None:
         self.state = state
@@ -87,6 +89,7 @@ class Run:
         self._history = history
         self._execution: Execution | None = None
         self._out = Outcome()
+        self._kept = 0  # up to which event another run has what this one began
         self._end: ev.EventData | None = None  # how it ended, where that was just now: the log may not have it yet
 
     def evict(self) -> None:
@@ -116,6 +119,8 @@ class Run:
             start_at=command.start_at,
             traceparent=traceparent,
             nonce=command.nonce,
+            version=environment.newest(command.workflow),
+            origins=() if command.rerun_of is None else (rec.Origin(run_id=command.rerun_of),),
         )
         first = ev.event(command.run_id, 1, at, data)
         run = cls(created(first), environment, history)
@@ -130,6 +135,70 @@ class Run:
         if START not in run.state.items:
             run._begin(at)
         return run, run._answer()
+
+    @classmethod
+    def copied(
+        cls,
+        record: rec.RunCopied,
+        log: Sequence[Event],
+        at: int,
+        environment: Environment,
+        history: Callable[[int], Iterable[Event]],
+        obstacle: BaseException | None = None,
+    ) -> tuple[Run, Outcome]:
+        """A run that goes on where another one was; with an ``obstacle`` it is created blocked.
+
+        ``log``: the record's events: the run's first ones, then what its open hooks received later.
+        """
+        first = log[0].data
+        assert isinstance(first, ev.RunCreated), log[0]
+        count = first.origins[-1].events
+        kept, later = log[:count], log[count:]
+        run = cls(created(kept[0]), environment, history)
+        for event in kept:
+            run.state.apply(event)
+        run._out.events += kept
+        at = run._clamp(at)
+        run._emit(ev.RunReset(reason=record.reason), at)
+        for correlation_id, item in list(run.state.items.items()):
+            run._take_over(correlation_id, item, at)
+        try:
+            if obstacle is not None:
+                raise Blocked(to_error(obstacle))
+            replayed = replay(kept, environment, cut=True)
+        except Blocked as e:
+            run._emit_blocked(e, at)
+        else:
+            run._execution = replayed.execution
+            run._record(list(replayed.pending), at)
+        if run.state.header.status == "pending" and START not in run.state.items:
+            run._begin(at)
+        for received in later:
+            if isinstance(run.state.items.get(received.correlation_id or ""), OpenHook):
+                run._deliver(received.data, at, received.correlation_id)
+        return run, run._answer()
+
+    def _take_over(self, correlation_id: str, item: OpenItem, at: int) -> None:
+        """What another run had under way becomes this one's."""
+        if isinstance(item, OpenHook) and item.claiming:
+            run_id = self.state.header.run_id
+            self._out.signals.append(rec.ClaimToken(token=item.token, run_id=run_id, hook_id=correlation_id))
+        elif isinstance(item, OpenStep) and not item.held:
+            self._request(correlation_id, item, at)
+        elif isinstance(item, OpenChild) and not item.held:
+            watch = rec.WatchRun(
+                run_id=item.run_id, watcher_run_id=self.state.header.run_id, correlation_id=correlation_id
+            )
+            self._out.commands.append(watch)
+
+    def reset(self, kept: int, successor: str, reason: str | None, at: int) -> Outcome:
+        """Ends the run, where it has not, because another one goes on from its first events, with their children."""
+        if not self.state.terminal:
+            said = f"reset to event {kept} as run {successor}" + (f": {reason}" if reason else "")
+            self._kept = kept
+            self._emit(ev.RunCancelled(reason=said, successor=successor), self._clamp(at))
+            self.evict()
+        return self._answer()
 
     def result(self, record: rec.StepResult, at: int) -> Outcome:
         """A worker's answer. Only that to the attempt and the work that the step waits for counts."""
@@ -351,7 +420,7 @@ class Run:
         for correlation_id, item in self.state.items.items():
             if isinstance(item, OpenHook) and item.custom:
                 self._release(item.token, correlation_id, item.recent)
-            elif isinstance(item, OpenChild) and item.cancel:
+            elif isinstance(item, OpenChild) and item.cancel and item.seq > self._kept:
                 self._cancel_child(item.run_id, f"its parent {self.state.header.run_id} has ended", at)
             elif isinstance(item, Watcher):
                 self._tell(item.run_id, item.correlation_id, data)
@@ -392,7 +461,12 @@ class Run:
     def _begin(self, at: int) -> None:
         if self.state.header.blocked:
             return
-        started = ev.RunStarted(code_version=self._environment.code_version, url=self._environment.gateway_url)
+        self._revive()
+        if self._execution is None:
+            return  # it begins when it is unblocked
+        environment = self._environment
+        build = environment.build_of(self._execution.workflow)
+        started = ev.RunStarted(code_version=environment.code_version, url=environment.gateway_url, build=build)
         self._deliver(started, at)
 
     def _deliver(self, data: ev.EventData, at: int, correlation_id: str | None = None) -> None:

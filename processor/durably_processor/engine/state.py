@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import msgspec
 from durably.tokens import run_of
 from durably_schemas import events as ev
-from durably_schemas.records import TERMINAL, Error, Event, Parent, Payload, RunStatus, RunSummary
+from durably_schemas.records import TERMINAL, Error, Event, Origin, Parent, Payload, RunStatus, RunSummary
 
 REDISPATCH_MS = 3 * 24 * 60 * 60 * 1000
 """A request that nobody answers is handed out again after this; shorter than the retention of ``requests``."""
@@ -134,6 +134,10 @@ class Header(msgspec.Struct, omit_defaults=True):
     streams: list[str] = []
     nonce: str = ""
     url: str | None = None
+    origin: Origin | None = None
+    build: str | None = None
+    version: int | None = None
+    successor: str | None = None
 
 
 _AWAITED_OTHERWISE = frozenset({OpenStep, Watcher})
@@ -190,6 +194,9 @@ class RunState:
             code_version=h.code_version,
             events=h.seq,
             hooks=tuple(islice(self.hooks, TOKENS_TOLD)),
+            origin=h.origin,
+            build=h.build,
+            version=h.version,
         )
 
     def apply(self, event: Event) -> None:
@@ -263,12 +270,14 @@ class RunState:
     def _run_created(self, event: Event, data: ev.RunCreated) -> None:
         h = self.header
         h.attributes, h.parent, h.nonce = dict(data.attributes), data.parent, data.nonce
+        h.origin, h.version = data.origins[-1] if data.origins else None, data.version
         if data.start_at is not None and data.start_at > event.at:
             self._open(START, OpenWait(due=data.start_at))
 
     def _run_started(self, event: Event, data: ev.RunStarted) -> None:
         h = self.header
         h.status, h.started_at, h.code_version, h.url = "running", event.at, data.code_version, data.url
+        h.build = data.build
         self._close(START)
 
     def _end(self, event: Event, status: RunStatus, error: Error | None = None) -> None:
@@ -284,7 +293,7 @@ class RunState:
         self._end(event, "failed", data.error)
 
     def _run_cancelled(self, event: Event, data: ev.RunCancelled) -> None:
-        self.header.cancel_reason = data.reason
+        self.header.cancel_reason, self.header.successor = data.reason, data.successor
         self._end(event, "cancelled")
 
     def _run_cancelling(self, event: Event, data: ev.RunCancelling) -> None:
@@ -388,6 +397,25 @@ class RunState:
         merged = {**self.header.attributes, **data.attributes}
         self.header.attributes = {name: value for name, value in merged.items() if value is not None}
         self.news += 1
+
+    def _patch_marked(self, event: Event, data: ev.PatchMarked) -> None:
+        """For the run's code only."""
+
+    def _run_reset(self, event: Event, data: ev.RunReset) -> None:
+        """What is open is the run's own from now on: its tokens are still to be granted, and its steps begin anew."""
+        for correlation_id, item in list(self.items.items()):
+            if type(item) is Watcher:
+                self._close(correlation_id)
+            elif type(item) is OpenHook and item.custom and not item.claiming:
+                item.claiming = True
+                self.claiming += 1
+                self.touched.add(correlation_id)
+        for correlation_id, item in self.items.items():
+            if type(item) is OpenStep:
+                item.attempt, item.executions, item.started = 1, 1, 0
+                item.claimed_by = item.worker = item.started_at = None
+                item.held = self.claiming > 0
+                self._turn(correlation_id, item, "scheduled", event.at + REDISPATCH_MS)
 
     def _run_watched(self, event: Event, data: ev.RunWatched) -> None:
         watcher = Watcher(run_id=data.run_id, correlation_id=data.correlation_id)

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 import typer
 
 from durably.broker.acl import Option, Role
-from durably.cli.shell import Shell, checked_queues
+from durably.builds import served
+from durably.cli.shell import Build, Shell, checked_queues
 
 
 def acls(
@@ -24,6 +25,7 @@ def acls(
             default_factory=lambda: ["default"],
         ),
     ],
+    build: Build = None,
     starts_runs: Annotated[
         bool, typer.Option("--starts-runs", help="Worker: its steps start, resume and cancel runs, or ask about them.")
     ] = False,
@@ -58,7 +60,7 @@ def acls(
         "retention": retention,
     }
     options = [option for option, chosen in wanted.items() if chosen]
-    needed = required_acls(role, settings.catalogue, principal, queues=queues, options=options)
+    needed = required_acls(role, settings.catalogue, principal, queues=served(queues, build), options=options)
     if apply:
         from durably.broker.kafka import KafkaBroker
 

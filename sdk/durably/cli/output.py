@@ -98,6 +98,13 @@ def run_table(run: RunSummary) -> Table:
         table.add_row("attribute", Text(f"{key}={value}"))
     if run.code_version is not None:
         table.add_row("code", run.code_version)
+    if run.version is not None:
+        table.add_row("version", str(run.version))
+    if run.build is not None:
+        table.add_row("build", Text(run.build))
+    if run.origin is not None:
+        kept = f"  (its first {run.origin.events} events)" if run.origin.events else ""
+        table.add_row("origin", Text(f"{run.origin.run_id}{kept}"))
     if run.error is not None:
         table.add_row("error", Text(error_line(run.error), style="red"))
     return table

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from durably.cli.gateway import PORT, beside
-from durably.cli.shell import Shell, checked_queues
+from durably.cli.shell import Build, Shell, checked_queues
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -95,9 +95,10 @@ def processor(
             show_default="DURABLY_STANDBY, else no",
         ),
     ] = None,
+    build: Build = None,
 ) -> None:
     """Runs workflows."""
-    settings = shell.settings(retention=retention, standby=standby)
+    settings = shell.settings(retention=retention, standby=standby, build=build)
 
     def ready() -> None:
         shell.say(f"processor ready: {settings.url}, namespace {settings.namespace}")
@@ -105,11 +106,14 @@ def processor(
     _processor("process").run_processor(settings, modules, ready=ready)
 
 
-def worker(shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concurrency = 100) -> None:
+def worker(
+    shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concurrency = 100, build: Build = None
+) -> None:
     """Runs steps."""
     from durably import payload_codec
     from durably.authoring import load_module, registry
     from durably.broker.acl import required_acls
+    from durably.builds import served
     from durably.errors import ConfigurationError
     from durably.worker import Worker
 
@@ -120,11 +124,12 @@ def worker(shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concu
     payload_codec.installed()  # a wrong setting should end the process, and not every step
     with shell.broker() as (broker, settings):
         catalogue = settings.catalogue
+        asked, queues = queues, served(queues, build)
         needed = [catalogue.results, catalogue.replies, catalogue.streams, *map(catalogue.requests, queues)]
         broker.require(required_acls("worker", catalogue, queues=queues))
         missing = [topic for topic in needed if not broker.partitions(topic)]
         if missing:
-            options = "".join(f" --queue {queue}" for queue in queues)
+            options = "".join(f" --queue {queue}" for queue in asked) + (f" --build {build}" if build else "")
             raise ConfigurationError(
                 f"{settings.url} lacks {', '.join(missing)}: create them with `durably topics create{options}`"
             )

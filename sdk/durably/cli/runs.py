@@ -19,6 +19,7 @@ def list_(
     attribute: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only runs with this attribute. Repeatable.")
     ] = None,
+    build: Annotated[str | None, typer.Option(help="Only runs that are pinned to this build.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
 ) -> None:
     """Lists runs, newest first. In JSON, `events` is the log's length when the status, attributes or hooks last changed."""
@@ -35,7 +36,9 @@ def list_(
     statuses = cast("list[RunStatus] | None", status or None)
     attributes = pairs(attribute)
     with shell.connection() as connection:
-        runs = list_runs(connection, workflow=workflow, status=statuses, attributes=attributes, limit=limit)
+        runs = list_runs(
+            connection, workflow=workflow, status=statuses, attributes=attributes, build=build, limit=limit
+        )
     shell.show(runs, lambda: output.runs_table(runs))
 
 
@@ -88,6 +91,22 @@ def rerun(
     with shell.connection() as connection:
         run = Run[object](connection, run_id).rerun(run_id=new)
     shell.show({"run_id": run.id, "rerun_of": run_id}, lambda: run.id)
+
+
+def reset(
+    shell: Shell,
+    run_id: RunId,
+    to_event: Annotated[
+        int, typer.Option("--to-event", metavar="N", min=1, help="The last event that the new run keeps.")
+    ],
+    reason: Annotated[str | None, typer.Option(help="Recorded in both runs' logs.")] = None,
+) -> None:
+    """Starts a new run that goes on from an event of this one, which is cancelled if it has not ended."""
+    from durably.client.run import Run
+
+    with shell.connection() as connection:
+        run = Run[object](connection, run_id).reset(to_event, reason=reason)
+    shell.show({"run_id": run.id, "reset_of": run_id, "to_event": to_event}, lambda: run.id)
 
 
 def watch(shell: Shell, run_id: RunId) -> None:

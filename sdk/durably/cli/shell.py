@@ -52,13 +52,18 @@ class Shell:
         self.url, self.namespace, self._verbose = url, namespace, verbose
 
     def settings(
-        self, *, url: str | None = None, retention: str | None = None, standby: bool | None = None
+        self,
+        *,
+        url: str | None = None,
+        retention: str | None = None,
+        standby: bool | None = None,
+        build: str | None = None,
     ) -> Settings:
         """From the options and the environment. Raises `ConfigurationError`."""
         from durably.settings import Settings
 
         return Settings.from_environment(
-            url=url or self.url, namespace=self.namespace, retention=retention, standby=standby
+            url=url or self.url, namespace=self.namespace, retention=retention, standby=standby, build=build
         )
 
     @contextmanager
@@ -152,6 +157,27 @@ def checked_queues(queues: list[str]) -> list[str]:
     except ValueError as e:
         raise typer.BadParameter(str(e)) from None
     return queues
+
+
+def checked_build(build: str | None) -> str | None:
+    """The callback of options that are builds. Raises `typer.BadParameter` where none may have such a name."""
+    from durably import builds
+
+    try:
+        return None if not build else builds.checked_build(build)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from None
+
+
+Build = Annotated[
+    str | None,
+    typer.Option(
+        envvar="DURABLY_BUILD",
+        callback=checked_build,
+        help="The deployment that this belongs to: pinned runs keep to the workers of theirs.",
+        show_default=False,
+    ),
+]
 
 
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from durably.cli.shell import Shell, checked_queues
+from durably.builds import served
+from durably.cli.shell import Build, Shell, checked_queues
 
 if TYPE_CHECKING:
     from durably_schemas import Catalogue
@@ -28,13 +29,13 @@ Partitions = Annotated[
 ]
 
 
-def create(shell: Shell, *, queues: Queues, partitions: Partitions = None) -> None:
+def create(shell: Shell, *, queues: Queues, partitions: Partitions = None, build: Build = None) -> None:
     """Creates the topics that are missing; what exists stays as it is."""
     from durably.errors import ConfigurationError
 
     with shell.broker() as (broker, settings):
         catalogue = _catalogue(broker, settings.catalogue, partitions)
-        wanted = catalogue.topics(tuple(queues))
+        wanted = catalogue.topics(tuple(served(queues, build)))
         found = broker.describe([topic.name for topic in wanted])
         differing = [t for t in wanted if t.name in found and found[t.name].partitions != t.partitions]
         if differing:
@@ -53,10 +54,10 @@ def create(shell: Shell, *, queues: Queues, partitions: Partitions = None) -> No
     )
 
 
-def check(shell: Shell, *, queues: Queues, partitions: Partitions = None) -> None:
+def check(shell: Shell, *, queues: Queues, partitions: Partitions = None, build: Build = None) -> None:
     """Compares the topics with what they are to be. Exits with 1 where one differs."""
     with shell.broker() as (broker, settings):
-        problems = differences(broker, _catalogue(broker, settings.catalogue, partitions), tuple(queues))
+        problems = differences(broker, _catalogue(broker, settings.catalogue, partitions), tuple(served(queues, build)))
     shell.show(
         {"ok": not problems, "problems": problems},
         lambda: (

@@ -195,6 +195,23 @@ class Client:
         """A run by its id; no I/O. Raises `ConfigurationError` where no run may have this id."""
         return Run(self._connection, checked_run_id(run_id))
 
+    def rerun(self, run_id: str, *, new_id: str | None = None) -> Run[Any]:
+        """Starts a new run of the same workflow, with the same input and attributes; its ``origin`` is the old one.
+
+        Args:
+            run_id: the old one; it may have ended or not.
+            new_id: an id for the new one; an existing run of this id is attached to.
+
+        Raises:
+            RunNotFoundError: there is no such run.
+            ConfigurationError: no run may have one of these ids.
+        """
+        return self.get_run(run_id).rerun(run_id=new_id)
+
+    def reset(self, run_id: str, to_event: int, *, reason: str | None = None) -> Run[Any]:
+        """As `Run.reset`, of the run with this id."""
+        return self.get_run(run_id).reset(to_event, reason=reason)
+
     def runs(
         self,
         *,
@@ -328,6 +345,23 @@ class AsyncClient:
     def get_run(self, run_id: str) -> AsyncRun[Any]:
         """A run by its id; no I/O. Raises `ConfigurationError` where no run may have this id."""
         return AsyncRun(self._connection, checked_run_id(run_id))
+
+    async def rerun(self, run_id: str, *, new_id: str | None = None) -> AsyncRun[Any]:
+        """Starts a new run of the same workflow, with the same input and attributes; its ``origin`` is the old one.
+
+        Args:
+            run_id: the old one; it may have ended or not.
+            new_id: an id for the new one; an existing run of this id is attached to.
+
+        Raises:
+            RunNotFoundError: there is no such run.
+            ConfigurationError: no run may have one of these ids.
+        """
+        return await self.get_run(run_id).rerun(run_id=new_id)
+
+    async def reset(self, run_id: str, to_event: int, *, reason: str | None = None) -> AsyncRun[Any]:
+        """As `AsyncRun.reset`, of the run with this id."""
+        return await self.get_run(run_id).reset(to_event, reason=reason)
 
     async def runs(
         self,

@@ -23,6 +23,7 @@ def list_runs(
     workflow: str | None = None,
     status: RunStatus | Collection[RunStatus] | None = None,
     attributes: Mapping[str, str] | None = None,
+    build: str | None = None,
     limit: int | None = DEFAULT_LIMIT,
 ) -> list[RunSummary]:
     """The runs that match, newest first.
@@ -32,6 +33,7 @@ def list_runs(
         workflow: a workflow's name.
         status: one status, or several.
         attributes: those that a run must have, with these values.
+        build: the one that a run is pinned to.
         limit: how many at most; None for all.
 
     Raises:
@@ -49,6 +51,7 @@ def list_runs(
             (workflow is None or summary.workflow == workflow)
             and (statuses is None or summary.status in statuses)
             and wanted <= summary.attributes.items()
+            and (build is None or summary.build == build)
         ):
             found.append(summary)
     found.sort(key=lambda s: (s.created_at, s.run_id), reverse=True)

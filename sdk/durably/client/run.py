@@ -7,7 +7,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from durably_schemas.records import CancelRun, Event, ReplyTo, RunStatus, RunSummary, StartRun
+import msgspec
+from durably_schemas.records import CancelRun, Event, ReplyTo, ResetRun, RunStatus, RunSummary, StartRun
 
 from durably.client import stream
 from durably.client.exchange import (
@@ -25,6 +26,7 @@ from durably.client.outcome import summary_of, value_of
 from durably.client.starting import StartOptions
 from durably.client.stream import StreamInfo
 from durably.errors import DurablyError
+from durably.identifiers import new_run_id
 from durably.streams import bound_to
 
 if TYPE_CHECKING:
@@ -123,7 +125,7 @@ class Run(Generic[R]):
         return hooks.run_hooks(self._connection, self.id)
 
     def rerun(self, *, run_id: str | None = None) -> Run[R]:
-        """Starts a new run of the same workflow, with the same input and attributes.
+        """Starts a new run of the same workflow, with the same input and attributes; its ``origin`` is this one.
 
         Args:
             run_id: an id for it; starting it again attaches to that run.
@@ -132,9 +134,26 @@ class Run(Generic[R]):
             ConfigurationError: no run may have this id.
         """
         created = creation(self._connection, self.id)
-        command = _again(created, run_id)
+        command = _again(self.id, created, run_id)
         submit(self._connection, command)
         return Run(self._connection, command.run_id, self._returns)
+
+    def reset(self, to_event: int, *, reason: str | None = None) -> Run[R]:
+        """Starts a new run that goes on from an event of this one's log, which is cancelled if it has not ended.
+
+        The new run has the log up to that event, with the results of steps; what follows is done again, by the code of
+        now. What the hooks that are open there receive later goes to the new run, too.
+
+        Args:
+            to_event: the last event that both have in common: its ``seq``, 1 or more.
+            reason: recorded in both logs.
+
+        Raises:
+            DurablyError: the run cannot be reset to this event; says why, and to which it can.
+        """
+        command = _reset(self.id, to_event, reason)
+        reply = answer(self._connection, self.id, command)
+        return Run(self._connection, summary_of(reply, self.id).run_id, self._returns)
 
     def __repr__(self) -> str:
         return f"<Run {self.id}>"
@@ -223,7 +242,7 @@ class AsyncRun(Generic[R]):
         return await hooks.run_hooks_async(self._connection, self.id)
 
     async def rerun(self, *, run_id: str | None = None) -> AsyncRun[R]:
-        """Starts a new run of the same workflow, with the same input and attributes.
+        """Starts a new run of the same workflow, with the same input and attributes; its ``origin`` is this one.
 
         Args:
             run_id: an id for it; starting it again attaches to that run.
@@ -232,17 +251,35 @@ class AsyncRun(Generic[R]):
             ConfigurationError: no run may have this id.
         """
         created = await creation_async(self._connection, self.id)
-        command = _again(created, run_id)
+        command = _again(self.id, created, run_id)
         await submit_async(self._connection, command)
         return AsyncRun(self._connection, command.run_id, self._returns)
+
+    async def reset(self, to_event: int, *, reason: str | None = None) -> AsyncRun[R]:
+        """Starts a new run that goes on from an event of this one's log, which is cancelled if it has not ended.
+
+        The new run has the log up to that event, with the results of steps; what follows is done again, by the code of
+        now. What the hooks that are open there receive later goes to the new run, too.
+
+        Args:
+            to_event: the last event that both have in common: its ``seq``, 1 or more.
+            reason: recorded in both logs.
+
+        Raises:
+            DurablyError: the run cannot be reset to this event; says why, and to which it can.
+        """
+        command = _reset(self.id, to_event, reason)
+        reply = await answer_async(self._connection, self.id, command)
+        return AsyncRun(self._connection, summary_of(reply, self.id).run_id, self._returns)
 
     def __repr__(self) -> str:
         return f"<AsyncRun {self.id}>"
 
 
-def _again(created: RunCreated, run_id: str | None) -> StartRun:
+def _again(old: str, created: RunCreated, run_id: str | None) -> StartRun:
     options = StartOptions(run_id=run_id, attributes=created.attributes)
-    return options.named().command(created.workflow, created.input)
+    command = options.named().command(created.workflow, created.input)
+    return msgspec.structs.replace(command, rerun_of=old)
 
 
 def _cancel(run_id: str, reason: str | None) -> Command:
@@ -250,6 +287,16 @@ def _cancel(run_id: str, reason: str | None) -> Command:
 
     def command(to: ReplyTo) -> CancelRun:
         return CancelRun(run_id=run_id, requested_at=now, reason=reason, reply_to=to)
+
+    return command
+
+
+def _reset(run_id: str, to_event: int, reason: str | None) -> Command:
+    now = time.time_ns() // 1_000_000
+    new = new_run_id()  # the same in every copy of the command
+
+    def command(to: ReplyTo) -> ResetRun:
+        return ResetRun(run_id=run_id, new_run_id=new, to_event=to_event, requested_at=now, reason=reason, reply_to=to)
 
     return command
 

@@ -23,6 +23,7 @@ class RunCreated(Record, frozen=True, kw_only=True):
     start_at: int | None = None
     traceparent: str | None = None
     nonce: str = ""
+    tracestate: str | None = None
 
 
 class RunStarted(Record, frozen=True, kw_only=True):

@@ -154,6 +154,10 @@ class Registry:
 
     def add_workflow(self, definition: WorkflowDefinition[..., Any]) -> None:
         """Registers, or replaces what the same place registered before. Raises `RegistrationError` on a clash."""
+        from durably import health  # it is made of a step
+
+        if definition.name == health.WORKFLOW:
+            raise RegistrationError(f"workflow {_place(definition.fn)}: {health.WORKFLOW!r} is durably's own name")
         self._add("workflow", self.workflows, definition)
         self._code_version = None
 
@@ -186,9 +190,10 @@ class Registry:
 
 @cache
 def _builtin_steps() -> dict[str, StepDefinition[..., Any]]:
+    from durably import health
     from durably.web import BUILTIN_STEPS
 
-    return {step.name: step for step in BUILTIN_STEPS}
+    return {step.name: step for step in (*BUILTIN_STEPS, health.answer)}
 
 
 registry = Registry()

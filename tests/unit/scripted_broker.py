@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from durably import payloads
+from durably import health, payloads
 from durably.broker.port import TP, End, Message, TopicState
 from durably.errors import BrokerError
 from durably_schemas import Catalogue, Codec, events
@@ -167,7 +167,7 @@ class ScriptedRun:
 
 
 class ScriptedProcessor:
-    """Answers what it is sent. ``deaf`` commands are lost; ``page`` events go into one reply."""
+    """Answers what it is sent. ``deaf`` commands are lost; ``page`` events go into one reply; workers serve ``queues``."""
 
     def __init__(self, broker: ScriptedBroker) -> None:
         self.broker = broker
@@ -175,6 +175,7 @@ class ScriptedProcessor:
         self.runs: dict[str, ScriptedRun] = {}
         self.deaf = 0
         self.page = 500
+        self.queues = {"default"}
         broker.on_command = self.take
 
     def take(self, command: Record) -> None:
@@ -182,6 +183,8 @@ class ScriptedProcessor:
             self.deaf -= 1
             return
         match command:
+            case StartRun(workflow=health.WORKFLOW):
+                self.served(command)
             case StartRun():
                 self.start(command.run_id, command.workflow, command)
             case CancelRun() | QueryRun() if command.run_id not in self.runs:
@@ -191,6 +194,12 @@ class ScriptedProcessor:
                 self.reply(command.reply_to, Reply(request_id="", summary=self.runs[command.run_id].summary))
             case QueryRun():
                 self.query(self.runs[command.run_id], command)
+
+    def served(self, command: StartRun) -> None:
+        """Answers as the processor does when a worker of the queue has, where one serves it."""
+        if command.attributes[health.QUEUE] in self.queues:
+            told = Payload(content_type=payloads.JSON, data=b'{"worker":"w1","took_ms":3}')
+            self.reply(command.reply_to, Reply(request_id="", run_id=command.run_id, result=told))
 
     def query(self, run: ScriptedRun, command: QueryRun) -> None:
         summary = run.summary

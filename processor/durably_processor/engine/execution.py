@@ -119,7 +119,12 @@ class Environment:
 
 
 class Execution:
-    """One run's workflow coroutine and everything that it waits for. Also its `WorkflowContext` and loop `Host`."""
+    """One run's workflow coroutine and everything that it waits for. Also its `WorkflowContext` and loop `Host`.
+
+    Attributes:
+        ended: the workflow has returned or raised.
+        replaying: it does what it has done before.
+    """
 
     def __init__(self, run_id: str, created: ev.RunCreated, environment: Environment) -> None:
         self.run_id = run_id
@@ -146,6 +151,7 @@ class Execution:
         self._cancel_reason: str | None = None
         self._cancelling = False
         self.ended = False
+        self.replaying = False
 
     # -- driven by the run -----------------------------------------------------------------------------------------
 
@@ -495,6 +501,7 @@ def replay(log: Iterable[Event], environment: Environment) -> Replayed:
 class _Replaying:
     def __init__(self, execution: Execution) -> None:
         self._execution = execution
+        execution.replaying = True
         self._pending: deque[Command] = deque()
         self._backlog: list[Event] | None = None  # a list while the log has the run blocked
 
@@ -519,6 +526,7 @@ class _Replaying:
     def end(self) -> Replayed:
         if self._pending and self._backlog is None:
             _diverged(None, self._pending[0])
+        self._execution.replaying = False
         return Replayed(self._execution, self._pending, self._backlog or [])
 
 

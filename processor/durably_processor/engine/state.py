@@ -134,6 +134,8 @@ class Header(msgspec.Struct, omit_defaults=True):
     streams: list[str] = []
     nonce: str = ""
     url: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
 
 
 _AWAITED_OTHERWISE = frozenset({OpenStep, Watcher})
@@ -263,6 +265,7 @@ class RunState:
     def _run_created(self, event: Event, data: ev.RunCreated) -> None:
         h = self.header
         h.attributes, h.parent, h.nonce = dict(data.attributes), data.parent, data.nonce
+        h.traceparent, h.tracestate = data.traceparent, data.tracestate
         if data.start_at is not None and data.start_at > event.at:
             self._open(START, OpenWait(due=data.start_at))
 

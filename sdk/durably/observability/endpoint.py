@@ -146,7 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _parsed(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    if not port.isascii() or not port.isdigit() or int(port) > 65_535:
+    bare = host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("["))
+    if bare or not port.isascii() or not port.isdigit() or int(port) > 65_535:
         raise ConfigurationError(
             f"metrics cannot be served on {address!r}: give HOST:PORT, or a port of {LOOPBACK}, by --metrics or "
             f"DURABLY_METRICS"

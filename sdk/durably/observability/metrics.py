@@ -71,12 +71,6 @@ METRICS: dict[str, Metric] = {
     "durably_worker_leases": Metric("gauge", "Steps that run under a lease, with heartbeats."),
     # of gateways
     "durably_runs": Metric("gauge", "Runs that are listed, by their status.", ("status",)),
-    # of every process on Kafka
-    "durably_kafka_requests_total": Metric("counter", "Requests sent to brokers.", ("client",)),
-    "durably_kafka_sent_bytes_total": Metric("counter", "Bytes sent to brokers.", ("client",)),
-    "durably_kafka_received_bytes_total": Metric("counter", "Bytes received from brokers.", ("client",)),
-    "durably_kafka_queued_records": Metric("gauge", "Records that producers still hold.", ("client",)),
-    "durably_kafka_round_trip_seconds": Metric("gauge", "The slowest broker's p99 of the last interval.", ("client",)),
 }
 
 

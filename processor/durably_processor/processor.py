@@ -53,8 +53,8 @@ FAILING = 5.0
 """Seconds after a failed commit within which the next failure is not the first."""
 SPARE = 20.0
 """Seconds without a first assignment after which there is none to come: rebalances are over in less."""
-LIVE = 60.0
-"""Seconds without a pass of the advance thread after which it counts as dead: more than any call in it may take."""
+LIVE = 120.0
+"""Seconds without a pass of the advance thread after which it counts as dead: more than a take-over waits for Kafka."""
 STALL = 5.0
 """Half the default session timeout: a process that stood still for this long may no longer be the owner."""
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from durably import health, payloads
-from durably.broker.port import TP, End, Message, TopicState
+from durably.broker.port import TP, End, Headers, Message, TopicState
 from durably.errors import BrokerError
 from durably_schemas import Catalogue, Codec, events
 from durably_schemas.catalogue import partition_for
@@ -41,6 +41,7 @@ class ScriptedBroker:
         self.states: dict[str, TopicState] = {}
         self.logs: dict[TP, list[Message]] = defaultdict(list)
         self.sent: list[Record] = []
+        self.headers: list[Headers] = []  # of what was sent
         self.heads: dict[TP, int] = {}
         self.on_command = lambda command: None
         self.acknowledges = True
@@ -109,6 +110,7 @@ class Producer:
         with self.broker.changed:
             self.broker.put(topic, record, key=key.decode())
             self.broker.sent.append(record)
+            self.broker.headers.append(headers)
             self.acks.append(on_ack)
             self.broker.changed.notify_all()
         if topic == self.broker.catalogue.commands:

@@ -546,6 +546,12 @@ def test_processes_are_found_by_name_and_given_settings_and_modules(durably_: An
     assert "durably dev has a broker of its own" in durably_("dev", "a.py").stderr
 
 
+def test_a_form_of_logs_that_there_is_not_is_refused(durably_: Any, calls: list[Any]) -> None:
+    result = durably_("processor", "a.py", "--log-format", "xml")
+    assert (result.exit_code, calls) == (1, [])
+    assert "use text or json" in result.stderr
+
+
 def test_dev_has_a_gateway_beside_it(durably_: Any, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gateway at http://127.0.0.1:8233" in durably_("dev", "a.py", url=False).stderr
     started, (_, gateway_url, *_rest), stopped = calls

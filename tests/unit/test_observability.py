@@ -30,6 +30,7 @@ from durably_processor.traces import RunTraces
 from durably_schemas import events as ev
 from durably_schemas import records as rec
 from engine_bench import Bench, step_result
+from harness import until
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -37,6 +38,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
 from partition_lab import CATALOGUE, CODEC, T0, Lab, content, rebuilt, requests
 from prometheus_client import REGISTRY, Gauge
 from prometheus_client.parser import text_string_to_metric_families
+from unit.gateway_under_test import gateway_under_test
 
 ROOT = Path(__file__).parents[2]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -300,6 +302,21 @@ def test_without_the_extra_metrics_say_what_to_install(monkeypatch):
         Exposition([])
 
 
+def test_a_gateway_counts_the_runs_that_it_lists_and_hands_the_trace_of_a_request_on():
+    with gateway_under_test() as gateway:
+        body = {"workflow": "greet", "run_id": "r1"}
+        sent = {"traceparent": PARENT, "tracestate": STATE}
+        assert gateway.api("POST", "/runs", json=body, headers=sent).status_code in {200, 201}
+        assert gateway.broker.headers[0] == HEADERS[:2]
+        gateway.processor.start("r2")
+        gateway.processor.complete("r2", 1)
+        part = gateway.app.state.gateway
+        until(lambda: part.unready is None and ("durably_runs", ("completed",), 1) in part.samples())
+        counts = {labels[0]: n for _, labels, n in part.samples()}
+        assert counts == {"pending": 0, "running": 1, "blocked": 0, "completed": 1, "failed": 0, "cancelled": 0}
+        assert part.dead is None
+
+
 # -- the endpoint ------------------------------------------------------------------------------------------------------
 
 
@@ -343,15 +360,15 @@ def test_an_address_that_is_none_is_refused(address):
 @pytest.fixture
 def lines():
     """The lines that are logged as JSON; logging is as it was afterwards."""
-    root, ours, out = logging.getLogger(), logging.getLogger("durably"), io.StringIO()
-    before = root.handlers[:], root.level, ours.level, logging.getLogRecordFactory()
+    root, out = logging.getLogger(), io.StringIO()
+    before = root.handlers[:], root.level, logging.getLogRecordFactory()
+    root.handlers.clear()  # not to be closed
     logs.configure("json", out)
     logs.configure("json", out)  # twice is as once
     yield lambda: [json.loads(line) for line in out.getvalue().splitlines()]
     root.handlers[:] = before[0]
     root.setLevel(before[1])
-    ours.setLevel(before[2])
-    logging.setLogRecordFactory(before[3])
+    logging.setLogRecordFactory(before[2])
     structlog.reset_defaults()
 
 
@@ -361,7 +378,7 @@ def test_a_line_of_json_has_its_level_its_extras_and_its_traceback(lines):
     except ValueError:
         logging.getLogger("durably.x").exception("it %s", "broke", extra={"run_id": "r9"})
     structlog.get_logger("app").error("said", n=1)
-    logging.getLogger("app").info("not wanted")
+    logging.getLogger("app").debug("not wanted")
     broke, said = lines()
     assert {**broke, "timestamp": "", "exception": ""} == {
         "event": "it broke", "run_id": "r9", "logger": "durably.x", "level": "error", "timestamp": "", "exception": "",
@@ -389,6 +406,27 @@ def test_a_line_of_a_workflow_names_its_run_and_comes_once_however_often_it_is_r
     assert [(line["event"], line["run_id"], line["workflow"]) for line in lines()] == [
         (f"before {n}", "wrun_1", "wf") for n in range(3)
     ]
+
+
+def test_text_shows_no_local_variables(capsys):
+    root, before = logging.getLogger(), logging.getLogRecordFactory()
+    handlers, level = root.handlers[:], root.level
+    root.handlers.clear()
+    out = io.StringIO()
+    try:
+        logs.configure("text", out)
+        password = "2retnuh"[::-1]
+        try:
+            raise ValueError(len(password))
+        except ValueError:
+            logging.getLogger("app").exception("it broke")
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.setLogRecordFactory(before)
+        structlog.reset_defaults()
+    assert "ValueError: 7" in out.getvalue()
+    assert "hunter2" not in out.getvalue()
 
 
 # -- health ------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def about() -> dict[str, str | int]:
 
 
 def configure(form: Format, stream: TextIO | None = None) -> None:
-    """Sends all logs of this process to a stream, one a line; also those that are made with structlog.
+    """Sends all logs of this process, from INFO on, to a stream, one a line; also those that are made with structlog.
 
     Args:
         form: ``json`` gives objects with ``timestamp``, ``level``, ``logger``, ``event``, what `about` says, and what
@@ -46,7 +46,9 @@ def configure(form: Format, stream: TextIO | None = None) -> None:
     out = stream or sys.stderr
     renderer: Any = structlog.processors.JSONRenderer()
     if form == "text":
-        renderer = structlog.dev.ConsoleRenderer(colors=out.isatty())
+        # Not the one that shows local variables: they may be what nobody is to read.
+        plain = structlog.dev.plain_traceback
+        renderer = structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=plain)
     handler = logging.StreamHandler(out)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -64,8 +66,7 @@ def configure(form: Format, stream: TextIO | None = None) -> None:
             ],
         )
     )
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger("durably").setLevel(logging.INFO)
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     _note_what_records_are_about()
     structlog.configure(
         processors=[

@@ -22,7 +22,7 @@ from durably.authoring import Registry
 from durably.broker.acl import Option, required_acls
 from durably.broker.port import TP, Broker, Consumer, Producer
 from durably.errors import AccessDenied, BrokerError, ConfigurationError
-from durably.observability.metrics import Sample, lags
+from durably.observability.metrics import Sample, of_broker
 from durably_schemas import Catalogue, Codec
 
 from durably_processor.committer import Committer, dispatch, owned, owner_of, released
@@ -222,7 +222,7 @@ class Processor:
         yield "durably_records_parked", (), sum(f.parked for f in figures.values())
         yield "durably_stall_seconds", (), time.monotonic() - self._passed
         read = {TP(topic, n): at for n, f in figures.items() for topic, at in f.positions.items()}
-        yield from lags(self._broker, read)
+        yield from of_broker(self._broker, read)
 
     # -- the advance thread ----------------------------------------------------------------------------------------
 

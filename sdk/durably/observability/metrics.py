@@ -71,6 +71,12 @@ METRICS: dict[str, Metric] = {
     "durably_worker_leases": Metric("gauge", "Steps that run under a lease, with heartbeats."),
     # of gateways
     "durably_runs": Metric("gauge", "Runs that are listed, by their status.", ("status",)),
+    # of processors and workers on Kafka, where librdkafka has an interval
+    "durably_kafka_requests_total": Metric("counter", "Requests that were sent to brokers.", ("client",)),
+    "durably_kafka_sent_bytes_total": Metric("counter", "Bytes that were sent to brokers.", ("client",)),
+    "durably_kafka_received_bytes_total": Metric("counter", "Bytes that were received from brokers.", ("client",)),
+    "durably_kafka_queued_records": Metric("gauge", "Records that a producer still holds.", ("client",)),
+    "durably_kafka_round_trip_seconds": Metric("gauge", "The p99 of the slowest broker, of one interval.", ("client",)),
 }
 
 
@@ -164,7 +170,15 @@ def families(samples: Iterable[Sample]) -> Iterator[Family]:
     yield from made.values()
 
 
-def lags(broker: Broker, positions: Mapping[TP, int]) -> Iterator[Sample]:
+def of_broker(broker: Broker, positions: Mapping[TP, int]) -> Iterator[Sample]:
+    """How far these positions are behind, and what librdkafka counts where it is the broker's client."""
+    yield from _lags(broker, positions)
+    statistics: Any = getattr(broker, "statistics", None)  # the embedded broker has none
+    if statistics is not None:
+        yield from statistics.samples()
+
+
+def _lags(broker: Broker, positions: Mapping[TP, int]) -> Iterator[Sample]:
     """How far these positions are behind what can be read; nothing where the broker does not say so at once."""
     try:
         ends = broker.end_offsets(positions, committed=True, timeout=_ASKING) if positions else {}

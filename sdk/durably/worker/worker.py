@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from durably_schemas import Codec
 
-from durably.observability.metrics import lags
+from durably.observability.metrics import of_broker
 from durably.observability.tracing import StepSpans
 from durably.worker.capacity import Capacity
 from durably.worker.claims import Claims
@@ -230,7 +230,7 @@ class Worker:
         yield "durably_worker_slots_in_use", (), self._capacity.slots - self._capacity.free
         yield "durably_worker_leases", (), sum(a.beat_at is not None for a in self._steps.running())
         yield "durably_dead_letters_total", ("worker",), self._outbox.dead_letters
-        yield from lags(self._broker, {tp: at for intake in self._intakes for tp, at in intake.positions.items()})
+        yield from of_broker(self._broker, {tp: at for intake in self._intakes for tp, at in intake.positions.items()})
 
     def _check_steps(self) -> None:
         steps = self._registry.steps.values()

@@ -11,7 +11,7 @@ COPY schemas schemas
 COPY sdk sdk
 COPY processor processor
 COPY connectors connectors
-RUN python -m pip install --no-cache-dir -c constraints.txt '.[http,crypto]'
+RUN python -m pip install --no-cache-dir -c constraints.txt '.[http,crypto,metrics]'
 COPY examples examples
 
 ENV DURABLY_DATA_DIR=/data

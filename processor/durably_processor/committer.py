@@ -17,6 +17,7 @@ from durably.errors import AccessDenied, BrokerError, Fenced
 from durably_schemas import Catalogue, Codec
 from durably_schemas.records import Reply, ReplyTo
 
+from durably_processor.observer import Observer
 from durably_processor.state.store import CHECKPOINT, SNAPSHOTS, Changes, StoreError
 from durably_processor.turn import Dispatch, Output, Part, Refused, Turn
 
@@ -66,6 +67,7 @@ class Committer:
         broker, catalogue, codec: where to.
         plain: the idempotent producer that early requests go out on, and replies.
         transactions: initialised; its id is ``transactional_id``.
+        observer: who is told of what is committed.
 
     Attributes:
         acked: the number of the last turn that is committed and applied.
@@ -80,8 +82,10 @@ class Committer:
         plain: Producer,
         transactions: Transactions,
         transactional_id: str,
+        observer: Observer | None = None,
     ) -> None:
         self.acked = 0
+        self._observer = observer
         self.error: BaseException | None = None
         self._broker = broker
         self._catalogue = catalogue
@@ -246,6 +250,7 @@ class Committer:
         refused: list[Refused] = []
         with self._changed:
             parts = dict(batch.parts)  # what is lost meanwhile leaves the batch
+        began = time.monotonic()
         self._transactions.begin()
         for number, part in parts.items():
             self._write(number, part, checkpoints, refused)
@@ -263,8 +268,11 @@ class Committer:
             return  # others have gone on meanwhile, from the topics
         for number, part in parts.items():
             self._apply(part, checkpoints.get(number, {}))
+        took = time.monotonic() - began
         for part in parts.values():
             self._reply(part)
+        if self._observer is not None:
+            self._observer.committed(parts.values(), took)
 
     def _write(self, number: int, part: Part, checkpoints: dict[int, Changes], refused: list[Refused]) -> None:
         send = self._transactions.send
@@ -274,7 +282,7 @@ class Committer:
             send(self._catalogue.runs, value, key=key)
         for output in part.outputs:
             if output.run_id is None:
-                send(output.topic, output.value, key=output.key, partition=output.partition)
+                send(output.topic, output.value, key=output.key, partition=output.partition, headers=output.headers)
                 continue
 
             def told(error: Exception | None, _: int, output: Output = output) -> None:
@@ -282,7 +290,7 @@ class Committer:
                     refused.append(cause)
 
             try:
-                send(output.topic, output.value, key=output.key, on_ack=told)
+                send(output.topic, output.value, key=output.key, headers=output.headers, on_ack=told)
             except BrokerError as e:
                 raise output.failure(e) from e
 
@@ -361,7 +369,8 @@ def dispatch(turn: Turn, plain: Producer) -> None:
     for output in outputs:
         turn.dispatch.sent += 1
         try:
-            plain.send(output.topic, output.value, key=output.key, on_ack=partial(turn.dispatch.on_ack, output))
+            acked = partial(turn.dispatch.on_ack, output)
+            plain.send(output.topic, output.value, key=output.key, headers=output.headers, on_ack=acked)
         except BrokerError as e:
             raise output.failure(e) from e
     if outputs:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from durably.authoring import registry
 from durably.broker import connect
 from durably.builds import served
+from durably.observability.endpoint import Watched, serving
 from durably.worker import Worker
 
 from durably_processor.process import make_processor, prepare
@@ -30,17 +31,20 @@ class Dev:
         broker: the embedded one.
         queues: what the worker serves, besides every queue that a registered step names.
         concurrency: how many steps run at once.
+        counting: whether somebody reads the metrics.
     """
 
-    def __init__(self, settings: Settings, broker: Broker, queues: Sequence[str], concurrency: int) -> None:
+    def __init__(
+        self, settings: Settings, broker: Broker, queues: Sequence[str], concurrency: int, *, counting: bool = False
+    ) -> None:
         catalogue = settings.catalogue
         plain = sorted({*queues, *(step.queue for step in registry.steps.values())})
         names = tuple(served(plain, settings.build))
         broker.create(catalogue.topics(names))
         self._ready = threading.Event()
         self._failed: BaseException | None = None
-        self._processor = make_processor(settings, broker, self._ready.set)
-        self._worker = Worker(broker, catalogue, registry, queues=names, concurrency=concurrency)
+        self._processor = make_processor(settings, broker, self._ready.set, counting=counting)
+        self._worker = Worker(broker, catalogue, registry, queues=names, concurrency=concurrency, counting=counting)
         self._thread = threading.Thread(target=self._run, name="durably-advance")
 
     def start(self, timeout: float = 60) -> None:
@@ -58,6 +62,11 @@ class Dev:
         self._worker.join()
         self._processor.stop()
         self._thread.join()
+
+    @property
+    def parts(self) -> Sequence[Watched]:
+        """Who has something to tell of itself."""
+        return self._processor, self._worker
 
     @property
     def alive(self) -> bool:
@@ -81,20 +90,22 @@ def run_dev(
     queues: Sequence[str],
     concurrency: int,
     ready: Callable[[], None] | None = None,
+    metrics: str | None = None,
 ) -> None:
-    """Runs everything until SIGTERM or SIGINT."""
+    """Runs everything until SIGTERM or SIGINT; ``metrics``: where it tells of itself, as `Endpoint` takes it."""
     prepare(modules)
     broker = connect(settings.url, settings.kafka)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        dev = Dev(settings, broker, queues, concurrency)
-        dev.start()
-        if ready is not None:
-            ready()
-        while not stopping.wait(0.5) and dev.alive:
-            pass
-        dev.stop()
+        dev = Dev(settings, broker, queues, concurrency, counting=metrics is not None)
+        with serving(metrics, dev.parts):
+            dev.start()
+            if ready is not None:
+                ready()
+            while not stopping.wait(0.5) and dev.alive:
+                pass
+            dev.stop()
     finally:
         broker.close()

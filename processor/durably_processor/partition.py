@@ -10,25 +10,30 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from durably import tokens
-from durably.broker.port import TP, End, Message
+from durably.broker.port import TP, End, Headers, Message
 from durably.errors import BrokerError, DurablyError, RecordTooLarge, RunNotFoundError
 from durably.failures import summed_up, to_error
+from durably.health import WORKFLOW as HEALTH
+from durably.health import Asker
 from durably.identifiers import LONGEST_ID
+from durably.observability.tracing import Trace
 from durably_schemas import Catalogue, Codec, CodecError
 from durably_schemas import events as ev
 from durably_schemas import records as rec
 from durably_schemas.records import Event, Reply, ReplyTo
 
+from durably_processor import health
 from durably_processor.admission import KEYED_BY_TOKEN, Admission
 from durably_processor.answers import Answers
 from durably_processor.engine.execution import RECORD_OVERHEAD, Environment
 from durably_processor.engine.reset import CannotReset, copied
 from durably_processor.engine.run import Outcome, Resumed, Run
 from durably_processor.engine.state import OpenStep
+from durably_processor.observer import Observer
 from durably_processor.state.store import (
     Changes,
     Holder,
@@ -42,6 +47,7 @@ from durably_processor.state.store import (
     token_key,
 )
 from durably_processor.tokens import Tokens
+from durably_processor.traces import RunTraces
 from durably_processor.turn import Output, Part, Turn
 from durably_processor.upkeep import Retention, Upkeep
 
@@ -81,10 +87,12 @@ class Poisoned(Exception):
 class _Entry:
     """A run in memory. ``turn``: the last that changed it; ``tainted``: the last whose causes were not log-ordered."""
 
-    __slots__ = ("bytes", "counted", "recent", "resumed", "run", "stored", "tainted", "turn")
+    __slots__ = ("bytes", "counted", "headers", "recent", "resumed", "run", "steps", "stored", "tainted", "turn")
 
-    def __init__(self, run: Run, stored: Stored) -> None:
+    def __init__(self, run: Run, stored: Stored, headers: Headers, steps: dict[str, str]) -> None:
         self.run = run
+        self.headers = headers  # its trace, for what it asks for
+        self.steps = steps  # the names of its open steps by id, for the observer
         self.recent: list[Event] = []  # its events since it was loaded, where it is replayed always
         self.resumed: set[tuple[str, str]] = set()  # (hook, resume) received since it was loaded
         self.stored = stored
@@ -92,6 +100,24 @@ class _Entry:
         self.tainted = 0
         self.bytes = 0
         self.counted = 0  # up to which seq its log is counted in ``bytes``
+
+
+class Figures(NamedTuple):
+    """A partition in numbers.
+
+    Attributes:
+        runs: how many are in memory.
+        blocked: how many are blocked.
+        timers: how many are due within a minute or two.
+        parked: records that wait for what they are about.
+        positions: the offset of each input from which on nothing has been taken in.
+    """
+
+    runs: int
+    blocked: int
+    timers: int
+    parked: int
+    positions: dict[str, int]
 
 
 class Partition:
@@ -112,6 +138,8 @@ class Partition:
         poisoned: records and runs that could not be handled before.
         refused: runs whose step-requests Kafka will never take, and why: they are blocked, and send none.
         retention: how long ended runs are kept; None: for ever.
+        traces: makes the spans of runs.
+        observer: who counts what happens to runs.
     """
 
     def __init__(
@@ -132,6 +160,8 @@ class Partition:
         poisoned: frozenset[Poison] = frozenset(),
         refused: Mapping[str, BrokerError] = MappingProxyType({}),
         retention: Retention | None = None,
+        traces: RunTraces | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.number = number
         self.store = store
@@ -146,6 +176,9 @@ class Partition:
         self._max_runs, self._max_bytes = max_runs, max_bytes
         self._poisoned = poisoned
         self._refused = refused
+        self._traces = traces or RunTraces()
+        self._observer = observer
+        self._blocked_runs = 0 if observer is None else len(store.blocked())
         self._runs: OrderedDict[str, _Entry] = OrderedDict()
         self._bytes = 0
         self._blocked: list[str] = []  # still to be tried with this code
@@ -167,6 +200,17 @@ class Partition:
         self._requests_topic = lru_cache(catalogue.requests)
 
     # -- inputs ----------------------------------------------------------------------------------------------------
+
+    @property
+    def figures(self) -> Figures:
+        """What is in memory just now. May be asked from any thread."""
+        return Figures(
+            runs=len(self._runs),
+            blocked=self._blocked_runs,
+            timers=len(self._timers),
+            parked=len(self._parked) + len(self._late),
+            positions=dict(self._positions),
+        )
 
     @property
     def caught_up(self) -> bool:
@@ -245,7 +289,7 @@ class Partition:
         if isinstance(record, rec.StepResult):
             entry = self._entry(record.run_id)
             if entry is None or record.step_id not in entry.run.state.items:
-                self._unknown(message)
+                self._unknown_result(message, record, turn)
             else:
                 run = entry.run
                 self._advance(entry, lambda: run.result(record, at), turn)
@@ -294,6 +338,14 @@ class Partition:
             self._parked.append(message)
         return not self._complete
 
+    def _unknown_result(self, message: Message, record: rec.StepResult, turn: Turn) -> None:
+        asker = Asker.of(record.step_id)
+        if asker is None:
+            self._unknown(message)
+        else:
+            reply_to = ReplyTo(partition=asker.partition, request_id=asker.request_id)
+            self._answer(turn, reply_to, lambda _: health.answered(record, asker, message.timestamp))
+
     def _held(self, message: Message) -> bool:
         """Whether one that cannot be handled must wait, since it would be read again, and be two dead letters."""
         for waiting in (self._parked, self._late, self._resets):
@@ -302,14 +354,29 @@ class Partition:
                 return True
         return False
 
+    def _ask_worker(self, record: rec.StartRun, at: int, turn: Turn) -> None:
+        """Sends a request that is no run's to a queue, and whoever runs it answers: see `durably.health`."""
+        if record.reply_to is None:
+            return
+        asked = health.requested(record, record.reply_to, at, self._environment.queues)
+        if isinstance(asked, str):
+            self._refuse(record, asked, turn)
+            return
+        queue, request = asked
+        part = turn.part(self.number, self.store)
+        part.outputs.append(Output(self._requests_topic(queue), self._codec.encode(request), request.step_id.encode()))
+        part.urgent = True
+
     def _start(self, message: Message, record: rec.StartRun, turn: Turn) -> None:
+        if record.workflow == HEALTH:
+            self._ask_worker(record, message.timestamp, turn)
+            return
         entry = self._entry(record.run_id)
         existing = entry is not None
         if entry is None:
-            headers = dict(message.headers)
-            traceparent = headers["traceparent"].decode("ascii", "replace") if "traceparent" in headers else None
-            run, outcome = self._guarded_start(record, message.timestamp, traceparent)
-            entry = self._runs[record.run_id] = _Entry(run, Stored(record.run_id))
+            at = message.timestamp
+            run, outcome = self._guarded_start(record, at, self._traces.began(record, at, Trace.of(message.headers)))
+            entry = self._runs[record.run_id] = self._new_entry(run, Stored(record.run_id))
             self._record(entry, outcome, turn, early=self._early, before=None)
         elif record.parent is not None:
             run, parent = entry.run, record.parent
@@ -324,13 +391,13 @@ class Partition:
                 lambda r: self._answers.summary(r, run_id, existing=existing),
             )
 
-    def _guarded_start(self, record: rec.StartRun, at: int, traceparent: str | None) -> tuple[Run, Outcome]:
+    def _guarded_start(self, record: rec.StartRun, at: int, trace: Trace | None) -> tuple[Run, Outcome]:
         history = self._history(record.run_id)
         refusal = self._refused.get(record.run_id)
         if self._caught_up or refusal is not None:
-            return Run.start(record, at, self._environment, history, traceparent, refusal)
+            return Run.start(record, at, self._environment, history, trace, refusal)
         with self._counted(record.run_id, 0) as obstacle:
-            return Run.start(record, at, self._environment, history, traceparent, obstacle)
+            return Run.start(record, at, self._environment, history, trace, obstacle)
 
     def _cancel(self, record: rec.CancelRun, at: int, turn: Turn) -> None:
         entry = self._entry(record.run_id)
@@ -497,7 +564,7 @@ class Partition:
         if answer is not None:
             self._send(part, answer)
 
-    def _send(self, part: Part, record: rec.Record) -> None:
+    def _send(self, part: Part, record: rec.Record, headers: Headers = ()) -> None:
         """Adds a signal or a command to the transaction. Raises `RecordTooLarge`: Kafka would refuse all of it."""
         commands = type(record) in _COMMANDS
         key = (record.token if type(record) in KEYED_BY_TOKEN else record.run_id).encode()  # type: ignore[attr-defined]
@@ -505,7 +572,8 @@ class Partition:
         size, limit = len(value) + len(key) + FRAMING, self._environment.max_event_bytes
         if size > limit:
             raise RecordTooLarge.of(f"a {type(record).__name__}", size, limit)
-        part.outputs.append(Output(self._catalogue.commands if commands else self._catalogue.signals, value, key))
+        topic = self._catalogue.commands if commands else self._catalogue.signals
+        part.outputs.append(Output(topic, value, key, headers=headers))
         part.urgent = True
 
     def _watch(self, message: Message, record: rec.WatchRun, at: int, turn: Turn) -> None:
@@ -610,8 +678,14 @@ class Partition:
         state = None if self._upkeep.is_purged(run_id) else self.store.state(run_id)
         if state is None:
             return None
-        entry = self._runs[run_id] = _Entry(Run(state, self._environment, self._history(run_id)), Stored(run_id, state))
+        run = Run(state, self._environment, self._history(run_id))
+        entry = self._runs[run_id] = self._new_entry(run, Stored(run_id, state))
         return entry
+
+    def _new_entry(self, run: Run, stored: Stored) -> _Entry:
+        trace = self._traces.within(run.state.header)
+        steps = {} if self._observer is None else self._observer.steps_of(run.state)
+        return _Entry(run, stored, () if trace is None else trace.headers, steps)
 
     def _history(self, run_id: str) -> Callable[[int], Iterator[Event]]:
         def read(from_seq: int) -> Iterator[Event]:
@@ -705,7 +779,11 @@ class Partition:
                 heapq.heappush(self._timers, timer)
         for queue, request in outcome.requests if run_id not in self._refused else ():
             output = Output(
-                self._requests_topic(queue), encode(request), request.step_id.encode(), run_id=request.run_id
+                self._requests_topic(queue),
+                encode(request),
+                request.step_id.encode(),
+                run_id=request.run_id,
+                headers=entry.headers,
             )
             if early:
                 part.early.append(output)
@@ -713,7 +791,9 @@ class Partition:
                 part.outputs.append(output)
                 part.urgent = True
         for record in (*outcome.signals, *outcome.commands):
-            self._send(part, record)
+            self._send(part, record, entry.headers if type(record) is rec.StartRun else ())
+        if self._observer is not None:
+            self._observer.recorded(part.counts, header.workflow, outcome.events, entry.steps)
         if before != (header.status, header.blocked, state.news):
             self._status_changed(entry, part, changes, before)
             if state.terminal:
@@ -735,9 +815,15 @@ class Partition:
         if header.blocked:
             changes[blocked_key(run_id)] = b""
             if not was_blocked:
-                log.error("run %s is blocked: %s", run_id, summed_up(header.error) if header.error else "")
+                self._blocked_runs += 1
+                why = summed_up(header.error) if header.error else ""
+                about = {"run_id": run_id, "workflow": header.workflow}
+                log.error("run %s is blocked: %s", run_id, why, extra=about)
         elif was_blocked:
             changes[blocked_key(run_id)] = None
+            self._blocked_runs -= 1
+        if state.terminal and self._traces.on:
+            part.ended.append(header)
         if state.terminal and header.streams:
             end = rec.StreamChunk(run_id=run_id, namespace="", writer="", n=1, kind="END", at=header.at)
             part.outputs.append(Output(self._catalogue.streams, self._codec.encode(end), key))
@@ -846,6 +932,9 @@ class Partition:
 
     def _dead_letter(self, message: Message, reason: str, turn: Turn) -> None:
         log.error("dead letter: %s[%s]@%s: %s", message.topic, message.partition, message.offset, reason)
+        part = turn.part(self.number, self.store)
+        if self._observer is not None:
+            self._observer.dead_letter(part.counts)
         value, key = message.value, message.key
         if value is not None and len(value) > self._environment.max_payload_bytes:
             value = value[: self._environment.max_payload_bytes - RECORD_OVERHEAD]
@@ -864,7 +953,7 @@ class Partition:
             at=message.timestamp,
         )
         output = Output(self._catalogue.dead_letters, self._codec.encode(letter), key or b"")
-        turn.part(self.number, self.store).outputs.append(output)
+        part.outputs.append(output)
 
     def _quarantine(self, message: Message, record: rec.Record, turn: Turn) -> None:
         why = "handling it raised an error in the processor; its log has the traceback"

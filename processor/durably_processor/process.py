@@ -13,6 +13,7 @@ from durably import payload_codec
 from durably.authoring import load_module, registry
 from durably.broker import connect
 from durably.errors import ConfigurationError
+from durably.observability.endpoint import serving
 
 from durably_processor.engine import guards
 from durably_processor.processor import Processor
@@ -49,8 +50,10 @@ def prepare(modules: Sequence[str]) -> None:
         )
 
 
-def make_processor(settings: Settings, broker: Broker, ready: Callable[[], None] | None = None) -> Processor:
-    """A processor of the registered workflows."""
+def make_processor(
+    settings: Settings, broker: Broker, ready: Callable[[], None] | None = None, *, counting: bool = False
+) -> Processor:
+    """A processor of the registered workflows; ``counting``: for somebody who reads its metrics."""
     return Processor(
         broker,
         settings.catalogue,
@@ -64,18 +67,22 @@ def make_processor(settings: Settings, broker: Broker, ready: Callable[[], None]
         code_version=settings.code_version,
         build=settings.build,
         ready=ready,
+        counting=counting,
     )
 
 
-def run_processor(settings: Settings, modules: Sequence[str], ready: Callable[[], None] | None = None) -> None:
-    """Runs a processor until SIGTERM or SIGINT."""
+def run_processor(
+    settings: Settings, modules: Sequence[str], ready: Callable[[], None] | None = None, *, metrics: str | None = None
+) -> None:
+    """Runs a processor until SIGTERM or SIGINT; ``metrics``: where it tells of itself, as `Endpoint` takes it."""
     prepare(modules)
     logging.getLogger("durably").setLevel(logging.INFO)
     broker = connect(settings.url, settings.kafka)
     try:
-        processor = make_processor(settings, broker, ready)
+        processor = make_processor(settings, broker, ready, counting=metrics is not None)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: processor.stop())
-        processor.run()
+        with serving(metrics, [processor]):
+            processor.run()
     finally:
         broker.close()

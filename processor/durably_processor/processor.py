@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -22,15 +22,18 @@ from durably.authoring import Registry
 from durably.broker.acl import Option, required_acls
 from durably.broker.port import TP, Broker, Consumer, Producer
 from durably.errors import AccessDenied, BrokerError, ConfigurationError
+from durably.observability.metrics import Sample, of_broker
 from durably_schemas import Catalogue, Codec
 
 from durably_processor.committer import Committer, dispatch, owned, owner_of, released
 from durably_processor.engine.execution import Environment
 from durably_processor.engine.watchdog import Watchdog
+from durably_processor.observer import Observer
 from durably_processor.partition import Dispatch, Partition, Poison, Poisoned
 from durably_processor.restore import Restore
 from durably_processor.standby import Standby
 from durably_processor.state.store import Store, StoreDamaged
+from durably_processor.traces import RunTraces
 from durably_processor.turn import Refused, Turn
 from durably_processor.upkeep import Retention, Truncation
 
@@ -48,6 +51,10 @@ DRAIN = 5.0
 RETRY = 0.5
 FAILING = 5.0
 """Seconds after a failed commit within which the next failure is not the first."""
+SPARE = 20.0
+"""Seconds without a first assignment after which there is none to come: rebalances are over in less."""
+LIVE = 120.0
+"""Seconds without a pass of the advance thread after which it counts as dead: more than a take-over waits for Kafka."""
 STALL = 5.0
 """Half the default session timeout: a process that stood still for this long may no longer be the owner."""
 
@@ -71,6 +78,8 @@ class Processor:
         max_runs: how many live runs a partition keeps in memory.
         activation_limit: seconds after which workflow code that does not yield is interrupted.
         now: the clock, in milliseconds since the epoch.
+        ready: called when it has restored all of its partitions for the first time.
+        counting: whether somebody reads the metrics.
 
     Raises (from `run`):
         ConfigurationError: topics are missing or do not fit, or the data directory is in use.
@@ -98,6 +107,7 @@ class Processor:
         activation_limit: float = 2.0,
         now: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         ready: Callable[[], None] | None = None,
+        counting: bool = False,
     ) -> None:
         self._broker = broker
         self._catalogue = catalogue
@@ -114,6 +124,15 @@ class Processor:
         self._activation_limit = activation_limit
         self._now = now
         self._ready = ready
+        self._traces = RunTraces()
+        watched = counting or self._traces.on
+        self._observer = Observer(registry, counting=counting, traces=self._traces) if watched else None
+        if self._observer is not None:
+            self._observer.gauges = self._gauges
+        self._assigned = False
+        self._member_since: float | None = None
+        self._taken_over_again = 0
+        self._passed = time.monotonic()
         self._codec = Codec()
         self._inputs = (catalogue.commands, catalogue.results, catalogue.signals)
         self._partitions: dict[int, Partition] = {}
@@ -155,6 +174,7 @@ class Processor:
                 instance_id=self._instance_id,
             )
             self._pulse.start()
+            self._member_since = time.monotonic()
             if self._standby is not None:
                 self._standby.start()
             try:
@@ -171,14 +191,56 @@ class Processor:
         """Asks `run` to end. May be called from any thread or signal handler."""
         self._stop.set()
 
+    # -- what it tells of itself, to any thread --------------------------------------------------------------------
+
+    @property
+    def dead(self) -> str | None:
+        """Why it should be started anew, or None: it lives."""
+        stalled = time.monotonic() - self._passed
+        return f"the advance thread has not passed for {stalled:.0f} s" if stalled > LIVE else None
+
+    @property
+    def unready(self) -> str | None:
+        """Why it does not do all of its work yet, or None: it is a member of its group, and has restored what it owns.
+
+        A group that has more members than partitions has spare ones, which are told of no assignment.
+        """
+        since = self._member_since
+        if not self._assigned and (since is None or time.monotonic() - since < SPARE):
+            return "nothing is assigned to it yet"
+        restoring = sorted(self._restoring.copy())
+        return f"partitions {', '.join(map(str, restoring))} are being restored" if restoring else None
+
+    def samples(self) -> Iterable[Sample]:
+        """Its metrics; none where it does not count."""
+        return () if self._observer is None else self._observer.samples()
+
+    def _gauges(self) -> Iterable[Sample]:
+        restoring = self._restoring.copy()
+        figures = {number: partition.figures for number, partition in self._partitions.copy().items()}
+        yield "durably_partitions", ("active",), len(figures)
+        yield "durably_partitions", ("restoring",), len(restoring)
+        for number, restore in restoring.items():
+            yield "durably_restore_ratio", (str(number),), 0.0 if restore is None else restore.ratio
+        yield "durably_take_overs_total", (), self._taken_over_again
+        yield "durably_runs_in_memory", (), sum(f.runs for f in figures.values())
+        yield "durably_runs_blocked", (), sum(f.blocked for f in figures.values())
+        yield "durably_timers_due", (), sum(f.timers for f in figures.values())
+        yield "durably_records_parked", (), sum(f.parked for f in figures.values())
+        yield "durably_stall_seconds", (), time.monotonic() - self._passed
+        read = {TP(topic, n): at for n, f in figures.items() for topic, at in f.positions.items()}
+        yield from of_broker(self._broker, read)
+
     # -- the advance thread ----------------------------------------------------------------------------------------
 
     def _pass(self) -> None:
+        self._passed = time.monotonic()
         try:
             committer = self._healthy_committer()
             self._restore()
             turn = Turn(self._number + 1, committer.acked)
             messages = self._consumer.poll(self._patience(), RECORDS_A_TURN)
+            began = time.perf_counter()
             if committer.outdated:
                 committer.renew(self._consumer.group_metadata())
             for message in messages:
@@ -192,6 +254,8 @@ class Processor:
             if self._dispatched(turn) and turn.parts:
                 self._number = turn.number
                 committer.add(turn, self._consumer.group_metadata())
+            if messages and self._observer is not None:
+                self._observer.turns.observe(time.perf_counter() - began)
         except Poisoned as e:
             self._poisoned |= {e.what}
             self._distrust(f"{e} could not be handled")
@@ -249,6 +313,7 @@ class Processor:
                 self._plain,
                 transactions,
                 self._transactional_id,
+                self._observer,
             )
             self._committer.start(self._number)
         return self._committer
@@ -260,6 +325,7 @@ class Processor:
     def _distrust(self, why: str) -> None:
         """Drops everything that is in memory only, and takes every partition over anew."""
         log.warning("taking over again: %s", why)
+        self._taken_over_again += 1
         self._pulse.reset()
         begun = self._committer is not None
         # First, so that what was dispatched early can still be committed: else it would be dispatched again.
@@ -359,6 +425,8 @@ class Processor:
             poisoned=self._poisoned,
             refused=self._refused,
             retention=self._retention,
+            traces=self._traces,
+            observer=self._observer,
         )
         del self._restoring[number]
         self._consumer.resume(self._tps([number]))
@@ -371,6 +439,7 @@ class Processor:
 
     def on_assigned(self, partitions: Sequence[int]) -> None:
         """Ours from now on."""
+        self._assigned = True
         if self._standby is not None:
             self._standby.let_go(partitions)
         self._restoring.update(dict.fromkeys(partitions))

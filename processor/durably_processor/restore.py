@@ -115,6 +115,11 @@ class Restore:
         self._store.clear()
         self._store.belongs_to(identity)
 
+    @property
+    def ratio(self) -> float:
+        """How much of it is done, 0 to 1. May be asked from any thread."""
+        return 1 - sum(topic.left for topic in self._topics.copy()) / self._all if self._all else 1.0
+
     def step(self, seconds: float) -> bool:
         """Restores for about this long; True when everything is there."""
         # What is gathered lives until it is written: looking for garbage among it, again and again, finds none.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from durably.broker.port import TP
+from durably.broker.port import TP, Headers
 from durably.errors import BrokerError, RecordTooLarge, UnknownTopic
 from durably_schemas.records import Reply, ReplyTo
 
+from durably_processor.engine.state import Header
 from durably_processor.state.store import Changes, Store
 
 
@@ -29,6 +30,7 @@ class Output(NamedTuple):
     key: bytes
     partition: int | None = None
     run_id: str | None = None
+    headers: Headers = ()
 
     def failure(self, error: Exception) -> Exception:
         """What a broker's answer to it means."""
@@ -37,6 +39,8 @@ class Output(NamedTuple):
         return error
 
 
+Counter = tuple[str, tuple[str, ...]]
+"""A metric of `durably.observability.metrics`, and the values of its labels."""
 Answer = tuple[ReplyTo, Callable[[], Reply | None]]
 """To whom, and how to make the reply once everything that it speaks of is committed and applied; None: say nothing."""
 
@@ -70,9 +74,11 @@ class Part:
         "answers",
         "changes",
         "copies",
+        "counts",
         "created",
         "deleted",
         "early",
+        "ended",
         "events",
         "offsets",
         "outputs",
@@ -94,6 +100,8 @@ class Part:
         self.offsets: dict[TP, int] = {}
         self.answers: list[Answer] = []
         self.urgent = False  # somebody waits for the commit
+        self.ended: list[Header] = []  # runs whose end is to be told
+        self.counts: dict[Counter, int] = {}  # what is counted of it, where somebody looks
 
     def change(self, changes: Changes, created: set[bytes], deleted: Iterable[bytes]) -> None:
         """Adds changes. What is created and deleted before it ever reached RocksDB leaves no trace.
@@ -118,6 +126,9 @@ class Part:
         self.change(later.changes, later.created, later.deleted)
         self.offsets.update(later.offsets)
         self.answers += later.answers
+        self.ended += later.ended
+        for counter, number in later.counts.items():
+            self.counts[counter] = self.counts.get(counter, 0) + number
         self.urgent |= later.urgent
 
 

@@ -29,6 +29,7 @@ class RunCreated(Record, frozen=True, kw_only=True):
     nonce: str = ""
     origins: tuple[Origin, ...] = ()
     version: int | None = None
+    tracestate: str | None = None
 
 
 class RunStarted(Record, frozen=True, kw_only=True):

@@ -170,6 +170,10 @@ class Registry:
 
         Of several versions of a workflow the newest is the one that `workflows` has.
         """
+        from durably import health  # it is made of a step
+
+        if definition.name == health.WORKFLOW:
+            raise RegistrationError(f"workflow {_place(definition.fn)}: {health.WORKFLOW!r} is durably's own name")
         newest = self.workflows.get(definition.name)
         if definition.version is None or newest is None or newest.version is None:
             self._add("workflow", self.workflows, definition.name, definition)
@@ -218,9 +222,10 @@ class Registry:
 
 @cache
 def _builtin_steps() -> dict[str, StepDefinition[..., Any]]:
+    from durably import health
     from durably.web import BUILTIN_STEPS
 
-    return {step.name: step for step in BUILTIN_STEPS}
+    return {step.name: step for step in (*BUILTIN_STEPS, health.answer)}
 
 
 registry = Registry()

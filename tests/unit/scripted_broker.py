@@ -7,8 +7,8 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from durably import payloads
-from durably.broker.port import TP, End, Message, TopicState
+from durably import health, payloads
+from durably.broker.port import TP, End, Headers, Message, TopicState
 from durably.errors import BrokerError
 from durably_schemas import Catalogue, Codec, events
 from durably_schemas.catalogue import partition_for
@@ -42,6 +42,7 @@ class ScriptedBroker:
         self.states: dict[str, TopicState] = {}
         self.logs: dict[TP, list[Message]] = defaultdict(list)
         self.sent: list[Record] = []
+        self.headers: list[Headers] = []  # of what was sent
         self.heads: dict[TP, int] = {}
         self.on_command = lambda command: None
         self.acknowledges = True
@@ -110,6 +111,7 @@ class Producer:
         with self.broker.changed:
             self.broker.put(topic, record, key=key.decode())
             self.broker.sent.append(record)
+            self.broker.headers.append(headers)
             self.acks.append(on_ack)
             self.broker.changed.notify_all()
         if topic == self.broker.catalogue.commands:
@@ -168,7 +170,7 @@ class ScriptedRun:
 
 
 class ScriptedProcessor:
-    """Answers what it is sent. ``deaf`` commands are lost; ``page`` events go into one reply."""
+    """Answers what it is sent. ``deaf`` commands are lost; ``page`` events go into one reply; workers serve ``queues``."""
 
     def __init__(self, broker: ScriptedBroker) -> None:
         self.broker = broker
@@ -176,6 +178,7 @@ class ScriptedProcessor:
         self.runs: dict[str, ScriptedRun] = {}
         self.deaf = 0
         self.page = 500
+        self.queues = {"default"}
         broker.on_command = self.take
 
     def take(self, command: Record) -> None:
@@ -183,6 +186,8 @@ class ScriptedProcessor:
             self.deaf -= 1
             return
         match command:
+            case StartRun(workflow=health.WORKFLOW):
+                self.served(command)
             case StartRun():
                 self.start(command.run_id, command.workflow, command)
             case CancelRun() | QueryRun() | ResetRun() if command.run_id not in self.runs:
@@ -198,6 +203,12 @@ class ScriptedProcessor:
                 self.reply(command.reply_to, Reply(request_id="", summary=new.summary))
             case QueryRun():
                 self.query(self.runs[command.run_id], command)
+
+    def served(self, command: StartRun) -> None:
+        """Answers as the processor does when a worker of the queue has, where one serves it."""
+        if command.attributes[health.QUEUE] in self.queues:
+            told = Payload(content_type=payloads.JSON, data=b'{"worker":"w1","took_ms":3}')
+            self.reply(command.reply_to, Reply(request_id="", run_id=command.run_id, result=told))
 
     def query(self, run: ScriptedRun, command: QueryRun) -> None:
         summary = run.summary

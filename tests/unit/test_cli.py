@@ -6,9 +6,11 @@ import io
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -476,6 +478,30 @@ def test_health_names_the_partition_that_nobody_owns(
     assert "nobody answers for partition 1" in result.stdout
 
 
+def test_health_asks_a_worker_of_each_queue_and_says_which_has_none(
+    processor: ScriptedProcessor, broker: ScriptedBroker, durably_: Any
+) -> None:
+    broker.create(Catalogue(partitions=3).topics(("gpu",)))
+    report = json.loads(durably_("health", "--json", "--timeout", "0.3").stdout)
+    assert not report["healthy"]
+    served, unserved = report["queues"]
+    assert (served["queue"], served["worker"], served["took_ms"], served["problem"]) == ("default", "w1", 3, None)
+    assert served["latency_ms"] >= 0
+    assert "start `durably worker MODULE --queue gpu`" in unserved["problem"]
+    only = durably_("health", "--queue", "default")
+    assert (only.exit_code, "w1 answers in" in only.stdout) == (0, True)
+    assert durably_("health", "--no-workers").exit_code == 0
+
+
+def test_health_asks_the_gateway_that_is_named(processor: ScriptedProcessor, durably_: Any) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as nobody:
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+    report = json.loads(durably_("health", "--json", "--gateway", url).stdout)
+    assert not report["healthy"]
+    assert "start `durably gateway`" in report["gateway"]["problem"]
+    assert "use the base of a URL" in durably_("health", "--gateway", "file:///etc").stderr
+
+
 def test_health_without_topics_names_them(broker: ScriptedBroker, durably_: Any) -> None:
     broker.states.clear()
     result = durably_("health", "--json")
@@ -506,9 +532,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     class Fake:
         @staticmethod
-        def run_processor(settings: Any, modules: Any, ready: Any) -> None:
+        def run_processor(settings: Any, modules: Any, ready: Any, metrics: str | None) -> None:
             ready()
-            noted.append((settings.url, list(modules)))
+            noted.append((settings.url, list(modules), metrics))
 
         @staticmethod
         def run_dev(settings: Any, modules: Any, ready: Any, **options: Any) -> None:
@@ -531,14 +557,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_processes_are_found_by_name_and_given_settings_and_modules(durably_: Any, calls: list[Any]) -> None:
-    assert "processor ready" in durably_("processor", "a.py", "b").stderr
+    assert "processor ready" in durably_("processor", "a.py", "b", "--metrics", "9464").stderr
     options = ["--path", "x/y", "--queue", "gpu", "--concurrency", "3", "--port", "0"]
     assert "--url embedded:x/y" in durably_("dev", "a.py", *options).stderr
     assert calls == [
-        ("kafka://scripted:1", ["a.py", "b"]),
-        ("embedded:x/y", None, ["a.py"], {"queues": ("gpu",), "concurrency": 3}),
+        ("kafka://scripted:1", ["a.py", "b"], "9464"),
+        ("embedded:x/y", None, ["a.py"], {"queues": ("gpu",), "concurrency": 3, "metrics": None}),
     ]
     assert "durably dev has a broker of its own" in durably_("dev", "a.py").stderr
+
+
+def test_a_form_of_logs_that_there_is_not_is_refused(durably_: Any, calls: list[Any]) -> None:
+    result = durably_("processor", "a.py", "--log-format", "xml")
+    assert (result.exit_code, calls) == (1, [])
+    assert "use text or json" in result.stderr
 
 
 def test_dev_has_a_gateway_beside_it(durably_: Any, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,11 +599,11 @@ def test_the_gateway_is_given_its_address_and_token(
 ) -> None:
     assert "gateway ready: http://127.0.0.1:8233, for kafka://scripted:1" in durably_("gateway").stderr
     monkeypatch.setenv("DURABLY_GATEWAY_TOKEN", "s3cret")
+    monkeypatch.setenv("DURABLY_METRICS", "127.0.0.1:9464")
     durably_("gateway", "--host", "0.0.0.0", "--port", "80", "--projection", "runs.sqlite")
-    assert calls == [
-        ("kafka://scripted:1", {"host": "127.0.0.1", "port": 8233, "token": None, "projection": None}),
-        ("kafka://scripted:1", {"host": "0.0.0.0", "port": 80, "token": "s3cret", "projection": Path("runs.sqlite")}),
-    ]
+    local = {"host": "127.0.0.1", "port": 8233, "token": None, "projection": None, "metrics": None}
+    public = {"host": "0.0.0.0", "port": 80, "token": "s3cret", "projection": Path("runs.sqlite")}
+    assert calls == [("kafka://scripted:1", local), ("kafka://scripted:1", {**public, "metrics": "127.0.0.1:9464"})]
 
 
 def test_without_the_extra_the_gateway_names_it(durably_: Any, monkeypatch: pytest.MonkeyPatch) -> None:

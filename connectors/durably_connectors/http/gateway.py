@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args
 from urllib.parse import quote
 
 from durably.client import AsyncClient
-from durably.errors import DurablyError
+from durably.errors import ConfigurationError, DurablyError
 from durably.hooks import WEBHOOK_PATH
 from durably.jsonable import to_json
+from durably_schemas.records import RunStatus
 from fastapi import Depends, Request
 from starlette.responses import Response
 
 from durably_connectors.http.projection import Projection, checked_file
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Iterable
     from concurrent.futures import Future
     from pathlib import Path
 
     from durably.client.connection import Connection
+    from durably.observability.metrics import Sample
 
 T = TypeVar("T")
 
@@ -132,6 +135,31 @@ class Gateway:
         except DurablyError as e:
             return str(e)
         return None
+
+    # -- what it tells of itself, to any thread --------------------------------------------------------------------
+
+    @property
+    def dead(self) -> str | None:
+        """Nothing: a gateway that answers nobody is found out by ``/health``."""
+        return None
+
+    @property
+    def unready(self) -> str | None:
+        """Why the list of runs is not complete; None: it is."""
+        try:
+            projection = self.projection
+        except ConfigurationError as e:
+            return str(e)
+        return projection.problem or (None if projection.is_ready else "the list of runs is still being read")
+
+    def samples(self) -> Iterable[Sample]:
+        """Its metrics: how many runs are listed."""
+        try:
+            found = self.projection.by_status()
+        except (ConfigurationError, sqlite3.Error):
+            return
+        for status in get_args(RunStatus):
+            yield "durably_runs", (status,), found.get(status, 0)
 
     async def close(self) -> None:
         """Lets go of the list, and of the client where it is the gateway's own. A request opens it again."""

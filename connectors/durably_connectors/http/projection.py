@@ -130,6 +130,11 @@ class Projection:
         found = [self._connection.codec.decode_as(RunSummary, summary) for (summary,) in rows[:limit]]
         return Page(runs=found, cursor=_cursor(found[-1]) if len(rows) > limit else None)
 
+    def by_status(self) -> dict[str, int]:
+        """How many runs there are of each status. Raises `sqlite3.Error` as `runs` does."""
+        with self._lock:
+            return dict(self._db.execute("SELECT status, count(*) FROM runs GROUP BY status"))
+
     def _run(self) -> None:
         delay = _FIRST_RETRY
         while not self._stopping.is_set():

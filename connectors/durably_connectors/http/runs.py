@@ -11,12 +11,14 @@ from urllib.parse import quote, unquote
 
 import msgspec
 from durably import failures, payloads
+from durably.broker.port import Headers
 from durably.client import AsyncRun
 from durably.client.exchange import answer_async, answer_within_async, query, submit_async
 from durably.client.outcome import summary_of
 from durably.client.starting import StartOptions
 from durably.errors import ConfigurationError
 from durably.identifiers import checked_run_id
+from durably.observability.tracing import start_span
 from durably_schemas.records import TERMINAL, Event, Payload, ReplyTo, RunStatus, RunSummary, StartRun
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import StringConstraints
@@ -61,14 +63,20 @@ RunId = Annotated[str, Depends(_run_id)]
         202: {"model": models.Started, "description": "The start is durable, but no processor has answered yet."},
     },
 )
-async def start(gateway: GatewayOf, asked: models.StartRequest) -> Json:
+async def start(gateway: GatewayOf, request: Request, asked: models.StartRequest) -> Json:
     """Starts a run; answers when its start is durable."""
     command = _command(asked)
+    # The caller's trace goes on in the run.
+    with start_span(command, [(name, value.encode("latin-1")) for name, value in request.headers.items()]) as headers:
+        return await _start(gateway, command, headers)
+
+
+async def _start(gateway: Gateway, command: StartRun, headers: Headers) -> Json:
 
     def answered(to: ReplyTo) -> StartRun:
         return msgspec.structs.replace(command, reply_to=to)
 
-    reply = await answer_within_async(gateway.connection, command.run_id, answered, _ANSWER)
+    reply = await answer_within_async(gateway.connection, command.run_id, answered, _ANSWER, headers)
     if reply is None:
         await submit_async(gateway.connection, command)  # known by its id, so that this is no second run
         return _started(202, command.run_id, "pending", existing=False)

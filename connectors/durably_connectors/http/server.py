@@ -10,6 +10,7 @@ import uvicorn
 from durably import payload_codec
 from durably.client import AsyncClient
 from durably.errors import ConfigurationError
+from durably.observability.endpoint import serving
 
 from durably_connectors.http.app import create_gateway
 from durably_connectors.http.gateway import Gateway
@@ -56,6 +57,7 @@ def serve(
     token: str | None = None,
     projection: Path | None = None,
     ready: Callable[[str], None] | None = None,
+    metrics: str | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT.
 
@@ -66,6 +68,7 @@ def serve(
         token: what callers of the API must send.
         projection: a file for the list of runs.
         ready: called with the gateway's URL when it listens.
+        metrics: where it tells of itself, as `Endpoint` takes it.
 
     Raises:
         ConfigurationError: no token for such a host, or the port is taken.
@@ -77,7 +80,8 @@ def serve(
     server = _Server(app)
     if ready is not None:
         ready(url_of(listening))
-    server.run([listening])
+    with serving(metrics, [app.state.gateway]):
+        server.run([listening])
 
 
 class GatewayThread:

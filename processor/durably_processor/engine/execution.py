@@ -143,7 +143,12 @@ class Environment:
 
 
 class Execution:
-    """One run's workflow coroutine and everything that it waits for. Also its `WorkflowContext` and loop `Host`."""
+    """One run's workflow coroutine and everything that it waits for. Also its `WorkflowContext` and loop `Host`.
+
+    Attributes:
+        ended: the workflow has returned or raised.
+        replaying: it does what it has done before.
+    """
 
     def __init__(self, run_id: str, created: ev.RunCreated, environment: Environment) -> None:
         self._steps_of = run_id
@@ -175,6 +180,7 @@ class Execution:
         self._cancel_reason: str | None = None
         self._cancelling = False
         self.ended = False
+        self.replaying = False
 
     # -- driven by the run -----------------------------------------------------------------------------------------
 
@@ -558,6 +564,7 @@ class _Replaying:
         self._cut = cut
         self._patches = frozenset(e.data.patch_id for e in log if isinstance(e.data, ev.PatchMarked))
         self._unanswered = _unanswered(log, cut=cut)
+        execution.replaying = True
         self._pending: deque[Command] = deque()
         self._backlog: list[Event] | None = None  # a list while the log has the run blocked
 
@@ -596,6 +603,7 @@ class _Replaying:
     def end(self) -> Replayed:
         if self._pending and self._backlog is None and not self._cut:
             _diverged(None, self._pending[0])
+        self._execution.replaying = False
         return Replayed(self._execution, self._pending, self._backlog or [])
 
 

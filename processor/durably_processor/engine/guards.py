@@ -414,9 +414,20 @@ def _exempt() -> Iterator[tuple[object, object]]:
     _set(bootstrap, "_find_and_load", load)
     # The lines of source in a traceback or warning.
     _set(linecache, "updatecache", _outside(linecache.updatecache))
-    # Handlers write to files and sockets.
-    _set(logging.Logger, "callHandlers", _outside(logging.Logger.callHandlers))
+    # Handlers write to files and sockets. What a run has said before its replay, it has said.
+    _set(logging.Logger, "callHandlers", _once(_outside(logging.Logger.callHandlers)))
     yield from ()
+
+
+def _once(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def once(*args: Any, **kwargs: Any) -> Any:
+        loop = _get_running_loop()
+        if type(loop) is DeterministicLoop and getattr(loop.workflow_context, "replaying", False):
+            return None
+        return original(*args, **kwargs)
+
+    return once
 
 
 def _outside(original: Callable[..., Any]) -> types.FunctionType:

@@ -30,6 +30,7 @@ import msgspec
 from durably import payloads, tokens
 from durably.errors import RunCancelledError, StepTimeoutError, WorkerLostError
 from durably.failures import to_error
+from durably.observability.tracing import Trace
 from durably_schemas import events as ev
 from durably_schemas import records as rec
 from durably_schemas.records import ClaimAnswer, Error, Event
@@ -107,20 +108,21 @@ class Run:
         at: int,
         environment: Environment,
         history: Callable[[int], Iterable[Event]],
-        traceparent: str | None = None,
+        trace: Trace | None = None,
         obstacle: BaseException | None = None,
     ) -> tuple[Run, Outcome]:
-        """A new run; with an ``obstacle`` it is created blocked."""
+        """A new run, in a ``trace`` where it has one; with an ``obstacle`` it is created blocked."""
         data = ev.RunCreated(
             workflow=command.workflow,
             input=payloads.encode(command.input),
             attributes=command.attributes,
             parent=command.parent,
             start_at=command.start_at,
-            traceparent=traceparent,
+            traceparent=None if trace is None else trace.parent,
             nonce=command.nonce,
             version=environment.newest(command.workflow),
             origins=() if command.rerun_of is None else (rec.Origin(run_id=command.rerun_of),),
+            tracestate=None if trace is None else trace.state,
         )
         first = ev.event(command.run_id, 1, at, data)
         run = cls(created(first), environment, history)

@@ -138,6 +138,8 @@ class Header(msgspec.Struct, omit_defaults=True):
     build: str | None = None
     version: int | None = None
     successor: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
 
 
 _AWAITED_OTHERWISE = frozenset({OpenStep, Watcher})
@@ -271,6 +273,7 @@ class RunState:
         h = self.header
         h.attributes, h.parent, h.nonce = dict(data.attributes), data.parent, data.nonce
         h.origin, h.version = data.origins[-1] if data.origins else None, data.version
+        h.traceparent, h.tracestate = data.traceparent, data.tracestate
         if data.start_at is not None and data.start_at > event.at:
             self._open(START, OpenWait(due=data.start_at))
 

@@ -32,6 +32,7 @@ from msgspec.structs import replace
 
 from durably.broker.acl import Acl, denied
 from durably.broker.kafka_properties import KafkaProperties, log
+from durably.broker.kafka_statistics import Statistics
 from durably.broker.port import TP, Committed, End, Message, TopicState
 from durably.errors import (
     AccessDenied,
@@ -653,6 +654,9 @@ class KafkaBroker:
 
     Raises:
         ConfigurationError: an address or property is not as it must be.
+
+    Attributes:
+        statistics: what librdkafka counts, where the user has set ``statistics.interval.ms``.
     """
 
     def __init__(self, address: str, kafka: Mapping[str, str]) -> None:
@@ -662,6 +666,7 @@ class KafkaBroker:
         self.max_record_bytes = self.properties.max_record_bytes
         self.errors = _Errors(self.address, self.properties.user, self.properties.principal)
         self._counts: dict[str, int] = {}
+        self.statistics = Statistics(self.properties.statistics_interval)
         self._admin = self.handle(AdminClient, self.properties.admin())
 
     def handle(self, kind: Callable[[dict[str, Any]], H], properties: dict[str, Any]) -> H:
@@ -672,7 +677,7 @@ class KafkaBroker:
             AccessDenied: no token could be had.
         """
         try:
-            return kind({**properties, "error_cb": self.errors.heard})
+            return kind({**properties, "error_cb": self.errors.heard, "stats_cb": self.statistics.heard})
         except KafkaException as error:
             if error.args[0].code() in _UNKNOWN_USER:
                 raise self.errors.raised(error, "asking for a token") from error

@@ -80,6 +80,9 @@ _PRODUCER_ONLY = {
 }  # fmt: skip
 
 
+STATISTICS = "statistics.interval.ms"
+
+
 class KafkaProperties:
     """The properties of each kind of handle.
 
@@ -110,6 +113,7 @@ class KafkaProperties:
 
             self._user["oauth_cb"] = load_object(callback, "the Kafka property oauth_cb", "shop.tokens:fetch")
         self.max_record_bytes = self._number("message.max.bytes", MAX_RECORD_BYTES)
+        self.statistics_interval = self._number(STATISTICS, 0)
 
     @property
     def user(self) -> str:
@@ -143,8 +147,8 @@ class KafkaProperties:
 
     def admin(self) -> Properties:
         """Of the handle for topics and offsets."""
-        # Nobody polls this handle, so its log lines would gather unread.
-        return self._made(_CONSUMER_ONLY | _PRODUCER_ONLY, {"log_level": 0})
+        # Nobody polls this handle, so its log lines and statistics would gather unread.
+        return self._made(_CONSUMER_ONLY | _PRODUCER_ONLY | {STATISTICS}, {"log_level": 0})
 
     def producer(self) -> Properties:
         """Of a plain producer."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from durably.cli.shell import Shell
+from durably.cli.shell import LogFormat, Shell, log_as
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -32,14 +32,33 @@ def gateway(
     projection: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keeps the list of runs in a file: the next start is fast.")
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            envvar="DURABLY_METRICS",
+            show_envvar=True,
+            help="Serve /metrics, /livez and /readyz there; a port alone is of 127.0.0.1.",
+        ),
+    ] = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Serves REST, webhooks and server-sent events."""
+    log_as(log_format)
     settings = shell.settings()
 
     def ready(url: str) -> None:
         shell.say(f"gateway ready: {url}, for {settings.url}, namespace {settings.namespace}")
 
-    _http().serve(settings, host=host, port=port, token=token or None, projection=projection, ready=ready)
+    _http().serve(
+        settings,
+        host=host,
+        port=port,
+        token=token or None,
+        projection=projection,
+        ready=ready,
+        metrics=metrics or None,
+    )
 
 
 def beside(shell: Shell, settings: "Settings", port: int | None) -> Any:

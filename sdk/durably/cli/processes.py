@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from durably.cli.gateway import PORT, beside
-from durably.cli.shell import Build, Shell, checked_queues
+from durably.cli.shell import Build, LogFormat, Shell, checked_queues, log_as
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -35,6 +35,15 @@ Retention = Annotated[
         show_default="DURABLY_RETENTION, else for ever",
     ),
 ]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        envvar="DURABLY_METRICS",
+        show_envvar=True,
+        help="Serve /metrics, /livez and /readyz there; a port alone is of 127.0.0.1.",
+    ),
+]
 Concurrency = Annotated[int, typer.Option(min=1, help="How many steps run at once.")]
 
 
@@ -52,8 +61,11 @@ def dev(
         typer.Option(min=0, max=65_535, help="The gateway's, on 127.0.0.1; 0: no gateway.", show_default=str(PORT)),
     ] = None,
     retention: Retention = None,
+    metrics: Metrics = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Runs a processor, a worker and the gateway on an embedded broker, in one process."""
+    log_as(log_format)
     from msgspec.structs import replace
 
     from durably.errors import ConfigurationError
@@ -77,7 +89,9 @@ def dev(
         shell.say(f"ready: {url}, namespace {settings.namespace}; start runs with --url {url}{served}")
 
     try:
-        _processor("dev").run_dev(settings, modules, queues=tuple(queues), concurrency=concurrency, ready=ready)
+        _processor("dev").run_dev(
+            settings, modules, queues=tuple(queues), concurrency=concurrency, ready=ready, metrics=metrics or None
+        )
     finally:
         if gateway is not None:
             gateway.stop()
@@ -96,25 +110,37 @@ def processor(
         ),
     ] = None,
     build: Build = None,
+    metrics: Metrics = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Runs workflows."""
+    log_as(log_format)
     settings = shell.settings(retention=retention, standby=standby, build=build)
 
     def ready() -> None:
         shell.say(f"processor ready: {settings.url}, namespace {settings.namespace}")
 
-    _processor("process").run_processor(settings, modules, ready=ready)
+    _processor("process").run_processor(settings, modules, ready=ready, metrics=metrics or None)
 
 
 def worker(
-    shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concurrency = 100, build: Build = None
+    shell: Shell,
+    modules: Modules,
+    *,
+    queues: Queues,
+    concurrency: Concurrency = 100,
+    build: Build = None,
+    metrics: Metrics = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Runs steps."""
+    log_as(log_format)
     from durably import payload_codec
     from durably.authoring import load_module, registry
     from durably.broker.acl import required_acls
     from durably.builds import served
     from durably.errors import ConfigurationError
+    from durably.observability.endpoint import serving
     from durably.worker import Worker
 
     # A thread that wakes for a request must not wait 5 ms, Python's default, for one that is encoding.
@@ -133,14 +159,15 @@ def worker(
             raise ConfigurationError(
                 f"{settings.url} lacks {', '.join(missing)}: create them with `durably topics create{options}`"
             )
-        serving = Worker(broker, catalogue, registry, queues=queues, concurrency=concurrency)
+        running = Worker(broker, catalogue, registry, queues=queues, concurrency=concurrency, counting=bool(metrics))
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: serving.stop())
-        serving.start()
-        shell.say(f"worker ready: {settings.url}, namespace {settings.namespace}, queues {', '.join(queues)}")
-        serving.join()
-        if serving.error is not None:
-            raise serving.error
+            signal.signal(number, lambda *_: running.stop())
+        with serving(metrics or None, [running]):
+            running.start()
+            shell.say(f"worker ready: {settings.url}, namespace {settings.namespace}, queues {', '.join(queues)}")
+            running.join()
+        if running.error is not None:
+            raise running.error
 
 
 def _processor(name: str) -> "ModuleType":

@@ -33,6 +33,15 @@ _COMMON = {
     "json": Annotated[bool, typer.Option("--json", help="Print JSON.")],
     "verbose": Annotated[bool, typer.Option("--verbose", help="Print the traceback of an error.")],
 }
+LogFormat = Annotated[
+    str | None,
+    typer.Option(
+        metavar="json|text",
+        envvar="DURABLY_LOG_FORMAT",
+        show_envvar=True,
+        help="Send the log of this process to stderr in this form; else it is set up by the modules, or by nobody.",
+    ),
+]
 _CONTEXT = "context"
 _PIPE_WIDTH = 240
 _NOT_GIVEN = {"url": None, "namespace": None, "json": False, "verbose": False}
@@ -134,6 +143,19 @@ class Shell:
         else:
             hint = "" if self._verbose else "; --verbose shows where"
             typer.secho(f"unexpected error: {kind}: {message}{hint}", fg="red", err=True)
+
+
+def log_as(form: str | None) -> None:
+    """Sets logging up as an option says. Raises `ConfigurationError` for a form that there is not."""
+    if not form:
+        return
+    from durably.errors import ConfigurationError
+    from durably.observability import logs
+
+    found = next((known for known in logs.FORMATS if known == form), None)
+    if found is None:
+        raise ConfigurationError(f"--log-format (DURABLY_LOG_FORMAT) is {form!r}: use {' or '.join(logs.FORMATS)}")
+    logs.configure(found)
 
 
 def checked_id(run_id: str | None) -> str | None:

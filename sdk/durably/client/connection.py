@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from durably_schemas import Catalogue, Codec, CodecError
 from durably_schemas.records import Record, Reply, ReplyTo
 
-from durably.broker.port import TP, Broker, Message, Producer, Reader
+from durably.broker.port import TP, Broker, Headers, Message, Producer, Reader
 from durably.errors import (
     BrokerUnreachable,
     ConfigurationError,
@@ -43,6 +43,7 @@ class _Question:
     future: Future[Reply]
     due: float
     delay: float
+    headers: Headers
     on_its_way: bool = False
 
 
@@ -132,13 +133,14 @@ class Connection:
             )
         return count
 
-    def send(self, key: str, record: Record, topic: str | None = None) -> Future[None]:
+    def send(self, key: str, record: Record, topic: str | None = None, *, headers: Headers = ()) -> Future[None]:
         """Sends a record that asks for no reply; the future is done when the broker has it durably.
 
         Args:
             key: its routing key: a run's ID, or the custom token of a hook.
             record: a command, or what else a client may write.
             topic: where to; ``commands`` by default.
+            headers: of the record.
         """
         topic = self.catalogue.commands if topic is None else topic
         value = self._encoded(key, record)
@@ -154,19 +156,20 @@ class Connection:
             self._in_flight.add(future)
             self._unacknowledged.notify()
         try:
-            producer.send(topic, value, key=key.encode(), on_ack=on_ack)
+            producer.send(topic, value, key=key.encode(), headers=headers, on_ack=on_ack)
         except BaseException:
             with self._lock:
                 self._in_flight.discard(future)
             raise
         return future
 
-    def ask(self, key: str, command: Callable[[ReplyTo], Record]) -> Future[Reply]:
+    def ask(self, key: str, command: Callable[[ReplyTo], Record], headers: Headers = ()) -> Future[Reply]:
         """Sends a command until it is answered, always with the same request id.
 
         Args:
             key: its routing key: a run's ID, or the custom token of a hook.
             command: makes the record of the address that the answer goes to.
+            headers: of the record.
 
         Returns:
             The reply to come. Cancelling it ends the re-sending.
@@ -181,6 +184,7 @@ class Connection:
                 future,
                 time.monotonic() + FIRST_RESEND,
                 FIRST_RESEND,
+                headers,
             )
             self._questions[request_id] = question
 
@@ -330,7 +334,13 @@ class Connection:
             self._copies_in_flight += 1
             self._unacknowledged.notify()
         try:
-            producer.send(self.catalogue.commands, question.value, key=question.key.encode(), on_ack=on_ack)
+            producer.send(
+                self.catalogue.commands,
+                question.value,
+                key=question.key.encode(),
+                headers=question.headers,
+                on_ack=on_ack,
+            )
         except Exception as e:
             on_ack(e, -1)
 

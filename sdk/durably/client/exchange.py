@@ -11,8 +11,10 @@ from durably_schemas.catalogue import partition_for
 from durably_schemas.records import Query, QueryRun, Record, Reply, ReplyTo, StartRun
 
 from durably.errors import BrokerUnreachable
+from durably.observability.tracing import start_span
 
 if TYPE_CHECKING:
+    from durably.broker.port import Headers
     from durably.client.connection import Connection
 
 Command = Callable[[ReplyTo], Record]
@@ -38,8 +40,9 @@ def query(run_id: str, what: Query, from_seq: int = 1, token: str | None = None)
 
 def submit(connection: Connection, command: StartRun) -> None:
     """Returns when the broker has the start durably. Raises `BrokerUnreachable` when it does not say so in time."""
-    future = connection.send(command.run_id, command)
-    wait([future], connection.timeout)
+    with start_span(command) as headers:
+        future = connection.send(command.run_id, command, headers=headers)
+        wait([future], connection.timeout)
     if not future.done():
         raise BrokerUnreachable(_unacknowledged(connection, command.run_id))
     future.result()
@@ -49,8 +52,9 @@ async def submit_async(connection: Connection, command: StartRun) -> None:
     """As `submit`."""
     if not connection.is_open:
         await asyncio.wrap_future(connection.opening())
-    future = asyncio.wrap_future(connection.send(command.run_id, command))
-    done, _ = await asyncio.wait([future], timeout=connection.timeout)
+    with start_span(command) as headers:
+        future = asyncio.wrap_future(connection.send(command.run_id, command, headers=headers))
+        done, _ = await asyncio.wait([future], timeout=connection.timeout)
     if not done:
         raise BrokerUnreachable(_unacknowledged(connection, command.run_id))
     future.result()
@@ -118,11 +122,12 @@ async def answer_within_async(
     key: str,
     command: Command,
     timeout: float | None,  # noqa: ASYNC109 - as its twin
+    headers: Headers = (),
 ) -> Reply | None:
-    """As `answer_within`."""
+    """As `answer_within`; with headers for the command."""
     if not connection.is_listening:
         await asyncio.wrap_future(connection.listening())
-    future = asyncio.wrap_future(connection.ask(key, command))
+    future = asyncio.wrap_future(connection.ask(key, command, headers))
     try:
         await asyncio.wait([future], timeout=timeout)
         return future.result() if future.done() else None

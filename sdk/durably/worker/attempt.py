@@ -51,6 +51,12 @@ class Attempt:
         """The request need not be delivered again."""
         self.tracker.release(self.message.offset)
 
+    @property
+    def about(self) -> dict[str, str | int]:
+        """What its lines in the log are about, for their ``extra``."""
+        r = self.request
+        return {"run_id": r.run_id, "workflow": r.workflow, "step_id": r.step_id, "step": r.step, "attempt": r.attempt}
+
     def __str__(self) -> str:
         r = self.request
         return f"step {r.step} ({r.step_id}, attempt {r.attempt}) of run {r.run_id}"

@@ -6,10 +6,10 @@ import threading
 
 
 class Capacity:
-    """A number of slots, shared by the queues of a worker."""
+    """A number of ``slots``, shared by the queues of a worker."""
 
     def __init__(self, slots: int) -> None:
-        self._free = slots
+        self.slots = self._free = slots
         self._lock = threading.Lock()
         self._room = threading.Event()
 

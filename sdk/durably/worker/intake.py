@@ -34,6 +34,8 @@ BATCH = 500
 COMMIT_EVERY = 0.2
 HOLD = 1.0  # seconds without room after which the partitions are paused, so that polling can go on
 REVOKE = 5.0  # seconds that a revoke waits for heartbeats and results to be durable
+LIVE = 60.0  # seconds without a round after which the thread counts as dead
+SPARE = 20.0  # seconds without a first assignment after which there is none to come
 EVERYTHING = 1 << 62  # claim below: all of it
 
 
@@ -72,6 +74,26 @@ class Intake:
         self._full_since: float | None = None
         self._committed_at = 0.0
         self._drain_until: float | None = None
+        self._since = clock.monotonic()
+        self._passed = self._since
+        self._assigned = False
+
+    @property
+    def dead(self) -> str | None:
+        """Why its thread counts as dead; None: it lives. May be asked from any thread, as may the following."""
+        stalled = self._clock.monotonic() - self._passed
+        return f"nothing has been polled of {self._topic} for {stalled:.0f} s" if stalled > LIVE else None
+
+    @property
+    def unready(self) -> str | None:
+        """Why it takes no requests yet; None: it does, or is a member that there is no partition for."""
+        waited = self._clock.monotonic() - self._since
+        return None if self._assigned or waited > SPARE else f"nothing of {self._topic} is assigned to it yet"
+
+    @property
+    def positions(self) -> dict[TP, int]:
+        """Up to where it has taken requests."""
+        return {t.tp: t.position for t in self._trackers.copy().values() if t.position >= 0}
 
     def drain(self, until: float) -> None:
         """Takes nothing more, and ends `run` when nothing of this queue runs, or at ``until``, in monotonic seconds."""
@@ -97,6 +119,7 @@ class Intake:
 
     def turn(self, consumer: Consumer) -> None:
         """One round: take what there is room for, start it, serve acknowledgements, commit."""
+        self._passed = self._clock.monotonic()
         if self._waiting:
             self._wait_for_room(consumer)
         else:
@@ -106,6 +129,7 @@ class Intake:
 
     def on_assigned(self, partitions: Sequence[int]) -> None:
         """New partitions: finds out which of their requests somebody may have run before."""
+        self._assigned = True
         tps = [TP(self._topic, p) for p in partitions]
         try:
             ends = self._broker.end_offsets(tps)

@@ -12,6 +12,7 @@ from durably_schemas.records import DeadLetter, Error, StepClaim, StepFailed, St
 
 from durably import failures
 from durably.errors import BrokerError, RecordTooLarge
+from durably.observability import tracing
 from durably.worker.execution import untold
 
 if TYPE_CHECKING:
@@ -27,11 +28,14 @@ logger = logging.getLogger("durably.worker")
 
 RETRY = 1.0  # seconds until a result that could not be sent is sent again
 REFUSALS = 30  # results in a row that the producer does not even take, after which it is taken for broken
-TRACE = frozenset({"traceparent", "tracestate"})
 
 
 class Outbox:
-    """Sends through one idempotent producer. Every method may be called from any thread."""
+    """Sends through one idempotent producer. Every method may be called from any thread.
+
+    Attributes:
+        dead_letters: how many there were.
+    """
 
     def __init__(
         self, producer: Producer, codec: Codec, catalogue: Catalogue, *, worker_id: str, max_bytes: int, clock: Clock
@@ -45,6 +49,7 @@ class Outbox:
         self._clock = clock
         self._again: deque[tuple[float, Attempt, bytes]] = deque()
         self._refusals = 0
+        self.dead_letters = 0
 
     def result(self, attempt: Attempt, outcome: Outcome) -> None:
         """Sends how an attempt ended; its offset is released when that is durable."""
@@ -100,7 +105,8 @@ class Outbox:
     def dead_letter(self, message: Message, reason: str, attempt: Attempt | None = None) -> None:
         """Keeps a copy of a request that cannot be run. Errors are only logged: the copy is for people."""
         about = f"request at {message.topic}[{message.partition}]@{message.offset}"
-        logger.error("%s cannot be run: %s", attempt or about, reason)
+        logger.error("%s cannot be run: %s", attempt or about, reason, extra=attempt.about if attempt else None)
+        self.dead_letters += 1
 
         def encode(value: bytes | None) -> bytes:
             return self._codec.encode(
@@ -172,7 +178,7 @@ class Outbox:
                 self._results,
                 value,
                 key=attempt.request.run_id.encode(),
-                headers=[h for h in headers if h[0] in TRACE] if headers else (),
+                headers=[h for h in headers if h[0] in tracing.HEADERS] if headers else (),
                 on_ack=partial(self._result_acked, attempt, value),
             )
             self._refusals = 0
@@ -184,7 +190,7 @@ class Outbox:
         if error is None:
             attempt.release()
             return
-        logger.error("the result of %s could not be sent: %s", attempt, error)
+        logger.error("the result of %s could not be sent: %s", attempt, error, extra=attempt.about)
         if isinstance(error, RecordTooLarge):
             failed = self._shortened(attempt, self._codec.decode_as(StepResult, value).outcome, len(value))
             shorter = self._encode_result(attempt, failed)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from contextvars import Context
 
     from durably.authoring import Registry
+    from durably.observability.tracing import StepSpans
     from durably.runtime import Services
     from durably.worker.attempt import Attempt
     from durably.worker.capacity import Capacity
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from durably.worker.clock import Clock
     from durably.worker.execution import Outcome
     from durably.worker.leases import Leases
+    from durably.worker.meter import Meter
     from durably.worker.outbox import Outbox
     from durably.worker.threads import Threads
     from durably.worker.tracker import Tracker
@@ -58,8 +60,12 @@ class Steps:
         context: Context,
         cancel_grace: float,
         clock: Clock,
+        spans: StepSpans,
+        meter: Meter | None = None,
     ) -> None:
         self._registry = registry
+        self._spans = spans
+        self._meter = meter
         self._outbox = outbox
         self._streams = streams
         self._services = services
@@ -132,7 +138,7 @@ class Steps:
             if attempt.unwanted:
                 attempt.release()
             else:
-                logger.warning("%s did not end in time and is left to another worker", attempt)
+                logger.warning("%s did not end in time and is left to another worker", attempt, extra=attempt.about)
                 if attempt.beat_at is not None:
                     self._outbox.heartbeat(attempt, 0)
             self._let_go(attempt, "the worker stops, and leaves it to another one")
@@ -157,7 +163,7 @@ class Steps:
         if attempt.unwanted or attempt not in self._running:
             return
         attempt.unwanted = True
-        logger.info("%s is no longer wanted, and is cancelled", attempt)
+        logger.info("%s is no longer wanted, and is cancelled", attempt, extra=attempt.about)
         if attempt.step is not None and attempt.step.is_async:
             until = self._clock.monotonic() + self._cancel_grace
             attempt.deadline = until if attempt.deadline is None else min(attempt.deadline, until)
@@ -179,6 +185,8 @@ class Steps:
             self._unknown(attempt)
             return
         attempt.step = step
+        if self._meter is not None:
+            self._meter.began(attempt)
         attempt.writers = StepWriters(
             self._streams, request.run_id, f"{request.step_id}/{request.attempt}/{attempt.execution}"
         )
@@ -194,7 +202,8 @@ class Steps:
     async def _run(self, attempt: Attempt) -> None:
         self._set_deadline(attempt, GRACE)
         try:
-            outcome: Outcome | None = await execution.run(attempt, self._services)
+            with self._spans.of(attempt.request, attempt.message.headers):
+                outcome: Outcome | None = await execution.run(attempt, self._services)
         except BaseException as e:  # whatever a step raises, SystemExit too, is its result and not the worker's end
             outcome = self._raised(attempt, e)
             try:
@@ -207,7 +216,7 @@ class Steps:
     def _run_sync(self, attempt: Attempt) -> None:
         self._set_deadline(attempt, 0)
         try:
-            outcome: Outcome | None = self._context.copy().run(execution.run_sync, attempt, self._services, self._loop)
+            outcome: Outcome | None = self._context.copy().run(self._execute, attempt)
         except BaseException as e:  # as above
             outcome = self._raised(attempt, e)
             try:
@@ -216,6 +225,10 @@ class Steps:
             except Exception:
                 logger.debug("the streams of %s failed too", attempt, exc_info=True)
         self._report(attempt, outcome)
+
+    def _execute(self, attempt: Attempt) -> Outcome:
+        with self._spans.of(attempt.request, attempt.message.headers):
+            return execution.run_sync(attempt, self._services, self._loop)
 
     def _raised(self, attempt: Attempt, exc: BaseException) -> StepFailed | None:
         """What is reported of what an attempt raised; None where nobody wants to hear of it. Never raises."""
@@ -242,6 +255,9 @@ class Steps:
         """Sends the result, where it is wanted, and frees the slot; False where somebody else has settled the attempt."""
         if self._running.pop(attempt, None) is None:
             return False
+        unwanted = attempt.unwanted or outcome is None
+        if self._meter is not None and attempt.step is not None:
+            self._meter.ended(attempt, None if unwanted else outcome, self._clock.monotonic())
         try:
             if attempt.unwanted or outcome is None:
                 attempt.release()
@@ -260,7 +276,8 @@ class Steps:
 
     def _failed(self, attempt: Attempt, exc: BaseException) -> StepFailed:
         outcome = execution.failed(exc, self._clock)
-        logger.warning("%s failed: %s: %s", attempt, outcome.error.type, outcome.error.message)
+        error = outcome.error
+        logger.warning("%s failed: %s: %s", attempt, error.type, error.message, extra=attempt.about)
         return outcome
 
     def _unreadable(self, attempt: Attempt, exc: execution.Unreadable) -> StepFailed:

@@ -46,6 +46,11 @@ class Tracker:
         """Everything below ``offset`` was read."""
         self._next = max(self._next, offset)
 
+    @property
+    def position(self) -> int:
+        """The next offset that nothing has been taken of; -1 while nothing is known. May be asked from any thread."""
+        return self._next
+
     def mark(self) -> int:
         """The next offset to read after a restart; -1 while nothing is known."""
         while self._released:

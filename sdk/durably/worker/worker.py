@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 
 from durably_schemas import Codec
 
+from durably.observability.metrics import of_broker
+from durably.observability.tracing import StepSpans
 from durably.worker.capacity import Capacity
 from durably.worker.claims import Claims
 from durably.worker.clock import Clock, SystemClock
 from durably.worker.intake import Intake
 from durably.worker.leases import Leases
+from durably.worker.meter import Meter
 from durably.worker.outbox import Outbox
 from durably.worker.replies import Replies
 from durably.worker.services import WorkerServices
@@ -26,12 +29,13 @@ from durably.worker.threads import Threads
 from durably.worker.writers import StreamTopic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from durably_schemas import Catalogue
 
     from durably.authoring import Registry
     from durably.broker.port import Broker
+    from durably.observability.metrics import Sample
 
 logger = logging.getLogger("durably.worker")
 
@@ -59,6 +63,7 @@ class Worker:
         lease_ttl: seconds after the last heartbeat at which the processor gives a lease to somebody else.
         cancel_grace: seconds that an async step has to clean up when it is cancelled.
         clock: the time.
+        counting: whether somebody reads the metrics.
 
     Attributes:
         worker_id: who this is in the log.
@@ -80,6 +85,7 @@ class Worker:
         lease_ttl: float = 20.0,
         cancel_grace: float = 10.0,
         clock: Clock | None = None,
+        counting: bool = False,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency={concurrency}: at least 1")
@@ -108,7 +114,9 @@ class Worker:
             clock=clock,
         )
         outbox = Outbox(producer, codec, catalogue, worker_id=self.worker_id, max_bytes=largest, clock=clock)
-        capacity = Capacity(concurrency)
+        self._broker, self._outbox = broker, outbox
+        self._capacity = capacity = Capacity(concurrency)
+        self._meter = Meter() if counting else None
         self._services = WorkerServices(
             broker,
             catalogue,
@@ -129,6 +137,8 @@ class Worker:
             context=contextvars.copy_context(),
             cancel_grace=cancel_grace,
             clock=clock,
+            spans=StepSpans(self.worker_id),
+            meter=self._meter,
         )
         self._replies = replies = Replies(
             broker, catalogue.replies, codec=codec, start_thread=self._start_thread, clock=clock
@@ -198,6 +208,29 @@ class Worker:
             thread.join(LEAVE)
         self._threads.close()
         self._producer.close()
+
+    @property
+    def dead(self) -> str | None:
+        """Why it should be started anew; None: it lives. May be asked from any thread, as may the following."""
+        if self.error is not None:
+            return f"{type(self.error).__name__}: {self.error}"
+        return next((why for intake in self._intakes if (why := intake.dead)), None)
+
+    @property
+    def unready(self) -> str | None:
+        """Why it does not serve all of its queues yet; None: it does."""
+        return next((why for intake in self._intakes if (why := intake.unready)), None)
+
+    def samples(self) -> Iterable[Sample]:
+        """Its metrics; none where it does not count."""
+        if self._meter is None:
+            return
+        yield from self._meter.samples()
+        yield "durably_worker_slots", (), self._capacity.slots
+        yield "durably_worker_slots_in_use", (), self._capacity.slots - self._capacity.free
+        yield "durably_worker_leases", (), sum(a.beat_at is not None for a in self._steps.running())
+        yield "durably_dead_letters_total", ("worker",), self._outbox.dead_letters
+        yield from of_broker(self._broker, {tp: at for intake in self._intakes for tp, at in intake.positions.items()})
 
     def _check_steps(self) -> None:
         steps = self._registry.steps.values()

@@ -1,19 +1,15 @@
 """``durably dev``, ``processor`` and ``worker``: the long-running processes."""
 
-import importlib
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from durably.cli.gateway import PORT, beside
 from durably.cli.shell import Shell, checked_queues
-
-if TYPE_CHECKING:
-    from types import ModuleType
-
+from durably.installation import processor_module
 
 Modules = Annotated[
     list[str],
@@ -77,7 +73,7 @@ def dev(
         shell.say(f"ready: {url}, namespace {settings.namespace}; start runs with --url {url}{served}")
 
     try:
-        _processor("dev").run_dev(settings, modules, queues=tuple(queues), concurrency=concurrency, ready=ready)
+        processor_module("dev").run_dev(settings, modules, queues=tuple(queues), concurrency=concurrency, ready=ready)
     finally:
         if gateway is not None:
             gateway.stop()
@@ -102,7 +98,7 @@ def processor(
     def ready() -> None:
         shell.say(f"processor ready: {settings.url}, namespace {settings.namespace}")
 
-    _processor("process").run_processor(settings, modules, ready=ready)
+    processor_module("process").run_processor(settings, modules, ready=ready)
 
 
 def worker(shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concurrency = 100) -> None:
@@ -136,17 +132,3 @@ def worker(shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concu
         serving.join()
         if serving.error is not None:
             raise serving.error
-
-
-def _processor(name: str) -> "ModuleType":
-    """A module of the processor, found by name: the SDK stands below it and cannot import it."""
-    from durably.errors import ConfigurationError
-
-    try:
-        return importlib.import_module(f"durably_processor.{name}")
-    except ModuleNotFoundError as e:
-        if not (e.name or "").startswith("durably_processor"):
-            raise
-        raise ConfigurationError(
-            f"this installation has no processor ({e.name} is missing): install the whole distribution, pip install durably"
-        ) from e

@@ -401,6 +401,18 @@ async def test_a_stream_is_read_while_time_skips(durably_env: WorkflowEnvironmen
     assert [word async for word in run.stream("other")] == []
 
 
+@workflow
+async def kit_tells_on(token: str) -> None:
+    await kit_tell(await durably.create_hook(token=token))
+
+
+async def test_another_task_may_resume_while_a_stream_is_read(durably_env: WorkflowEnvironment) -> None:
+    run = await durably_env.start(kit_tells_on, "kit-told")
+    resuming = asyncio.create_task(durably_env.resume_hook("kit-told", "four"))
+    assert [word async for word in run.stream()] == ["four"]
+    await resuming
+
+
 async def test_a_stream_that_nobody_writes_is_not_waited_for(durably_env: WorkflowEnvironment) -> None:
     run = await durably_env.start(kit_patient, "kit-silent")
     with pytest.raises(RunStuckError, match="kit-silent"):

@@ -96,7 +96,6 @@ class Stage:
         self._looking = False
         self._pumps = 0
         self._changed: asyncio.Future[None] | None = None
-        self._readers = 0  # of streams, who wait for time to pass as well
         self._failed: BaseException | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="durably-test-", dir=_memory())
         self._processor = processor_module("inline").InlineProcessor(
@@ -287,12 +286,13 @@ class Stage:
 
     def _look_again(self) -> None:
         self._looking = False
-        self._look()
+        if not self._closed:
+            self._look()
 
     def _rest(self, pump: int, courtesy: int) -> None:
         """Where nothing proceeds: lets the test's own tasks have a few turns, then lets time pass for who waits."""
         waiting = self._connection.waiting()
-        if pump != self._pumps or not self._at_rest or not self.skip_time or not (waiting or self._readers):
+        if pump != self._pumps or not self._at_rest or not self.skip_time or not waiting:
             return
         if courtesy:
             assert self._loop is not None
@@ -322,15 +322,19 @@ class Stage:
         return [payload for payload in accepted if payload is not None], len(records)
 
     async def _more(self, run_id: str) -> None:
-        """Waits for what may bring another chunk."""
-        if self._at_rest and self.skip_time and self._processor.next_due() is None:
-            raise self._stuck(run_id)
-        self._readers += 1
-        try:
-            self._rest(self._pumps, COURTESY)
-            await self._change()
-        finally:
-            self._readers -= 1
+        """Returns when there may be another chunk. Lets time pass for it, as `_rest` does for who waits for a result."""
+        pump, courtesy = self._pumps, COURTESY
+        while courtesy and self._at_rest:
+            await asyncio.sleep(0)
+            courtesy -= 1
+            if self._pumps != pump:
+                return
+        if self._at_rest and self.skip_time:
+            due = self._processor.next_due()
+            if due is None:
+                raise self._stuck(run_id)
+            self._set_time(due)
+        await self._change()
 
 
 def _memory() -> str | None:

@@ -117,6 +117,8 @@ async def test_a_step_that_is_not_there_cannot_be_replaced(durably_env: Workflow
         durably_env.replace("kit_nobody", [1])
     with pytest.raises(ConfigurationError, match="one at least"):
         durably_env.replace(kit_charge, [])
+    with pytest.raises(TypeError, match=r"a list of outcomes, \['receipt'\]"):
+        durably_env.replace(kit_charge, "receipt")
 
 
 async def test_faults_are_retried_with_the_steps_backoff(durably_env: WorkflowEnvironment) -> None:
@@ -265,6 +267,10 @@ async def test_time_that_does_not_skip_leaves_a_result_waiting(durably_env: Work
     waiting = asyncio.create_task(run.result())
     await durably_env.advance("1d")
     assert await waiting == ["receipt-1"]
+    waiting = asyncio.create_task((await durably_env.start(kit_reminder, 2)).result())
+    await asyncio.sleep(0)
+    durably_env.skip_time = True
+    assert await waiting == ["receipt-2"]
 
 
 @pytest.mark.durably(now=datetime(2030, 1, 1, tzinfo=UTC))

@@ -119,7 +119,7 @@ class WorkflowEnvironment:
 
     @skip_time.setter
     def skip_time(self, skip: bool) -> None:
-        self._stage.skip_time = skip
+        self._stage.let_skip(skip)
 
     @property
     def now(self) -> datetime:
@@ -150,6 +150,7 @@ class WorkflowEnvironment:
 
         Raises:
             ConfigurationError: no such step, or no outcome.
+            TypeError: neither a function nor a list of outcomes.
         """
         self._stage.steps.replace(step, by)
 

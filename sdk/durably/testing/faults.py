@@ -169,6 +169,10 @@ def _attempt() -> Attempt:
 
 def _outcomes(values: Sequence[Any]) -> Callable[..., Any]:
     """A function that gives these one after the other, raising what is an exception, and then the last again and again."""
+    if isinstance(values, str | bytes):
+        raise TypeError(
+            f"a step is replaced by {values!r:.100}: give a function, or a list of outcomes, [{values!r:.100}]"
+        )
     left = list(values)
     if not left:
         raise ConfigurationError("a step is replaced by no outcomes at all: give one at least")

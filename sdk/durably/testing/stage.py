@@ -72,7 +72,7 @@ class Stage:
     Attributes:
         client: on its broker.
         steps: what is planned for them.
-        skip_time: as given; it can be switched.
+        skip_time: as given; see `let_skip`.
         now: the time.
 
     Raises:
@@ -126,6 +126,11 @@ class Stage:
         self._broker.create(self._catalogue.topics(tuple(queues)))
         self._processor.serve(queues)
         self._worker.serve(queues)
+
+    def let_skip(self, skip: bool) -> None:
+        """Switches whether time skips, for those too who wait already."""
+        self.skip_time = skip
+        self._wake()
 
     async def settle(self) -> None:
         """Returns when nothing can proceed any more unless time passes or data come from outside."""

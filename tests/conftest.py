@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytest_plugins = ["durably_pytest"]
+"""Its entry point says the same, once it is installed."""
+
 
 def _start() -> kafka_cluster.KafkaCluster:
     try:

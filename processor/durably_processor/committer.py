@@ -139,6 +139,13 @@ class Committer:
             while self._gathered.records > BACKLOG and self.error is None and not self.overdue:
                 self._changed.wait(0.1)
 
+    def commit(self, turn: Turn) -> None:
+        """Commits a turn at once, on the calling thread, without a group. For who never calls `start`."""
+        batch = _Batch()
+        batch.add(turn)
+        self._commit(batch, None)
+        self.acked = turn.number
+
     def drain(self, timeout: float, group: object) -> bool:
         """Waits until everything handed over is committed and applied; False when that took too long or failed.
 

@@ -454,7 +454,7 @@ class Partition:
             history = self._history(run_id)
             with self._counted(run_id, 0) as obstacle:
                 run, outcome = Run.copied(record, log, at, self._environment, history, obstacle)
-            entry = self._runs[run_id] = _Entry(run, Stored(run_id))
+            entry = self._runs[run_id] = self._new_entry(run, Stored(run_id))
             self._record(entry, outcome, turn, early=False, before=None)
         if record.reply_to is not None:
             self._answer(turn, record.reply_to, lambda r: self._answers.summary(r, run_id, existing=existing))

@@ -18,9 +18,9 @@ from uuid import UUID
 
 import durably.broker
 import pytest
-from durably import payload_codec, payloads
+from durably import installation, payload_codec, payloads
 from durably.broker.port import TopicState
-from durably.cli import gateway, output, processes
+from durably.cli import gateway, output
 from durably.cli.app import app
 from durably.cli.watch import RunView
 from durably.client import connection
@@ -552,7 +552,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             ready("http://127.0.0.1:8233")
             noted.append((settings.url, options))
 
-    monkeypatch.setattr(processes.importlib, "import_module", lambda name: Fake)
+    monkeypatch.setattr(installation.importlib, "import_module", lambda name: Fake)
     return noted
 
 
@@ -626,7 +626,7 @@ def test_an_installation_without_the_processor_says_so(durably_: Any, monkeypatc
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name, name=name)
 
-    monkeypatch.setattr(processes.importlib, "import_module", missing)
+    monkeypatch.setattr(installation.importlib, "import_module", missing)
     assert "this installation has no processor" in durably_("processor", "a").stderr
 
 

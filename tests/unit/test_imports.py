@@ -1,4 +1,4 @@
-"""Imports go one way: schemas <- sdk <- processor, schemas <- sdk <- connectors."""
+"""Imports go one way: schemas <- sdk <- processor, schemas <- sdk <- connectors, sdk <- the pytest plugin."""
 
 import ast
 from pathlib import Path
@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 COMPONENTS = {
     "durably_schemas": ("schemas", set()),
     "durably": ("sdk", {"durably_schemas"}),
+    "durably_pytest": ("sdk", {"durably"}),
     "durably_processor": ("processor", {"durably_schemas", "durably"}),
     "durably_connectors": ("connectors", {"durably_schemas", "durably"}),
 }

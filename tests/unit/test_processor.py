@@ -12,6 +12,7 @@ import pytest
 from durably import DurablyError, get_step_metadata, step, workflow
 from durably.broker.port import TP
 from durably.errors import Fenced
+from durably.testing.broker import MemoryTransactions
 from durably_processor import committer
 from durably_processor.answers import Answers
 from durably_processor.committer import Committer
@@ -19,7 +20,7 @@ from durably_processor.partition import Partition
 from durably_processor.processor import Processor
 from durably_processor.turn import Turn
 from durably_schemas.records import ReplyTo
-from fake_broker import FakeBroker, FakeTransactions
+from fake_broker import FakeBroker
 from partition_lab import CATALOGUE, CODEC
 
 
@@ -163,7 +164,7 @@ def test_a_commit_that_is_refused_while_a_revoke_waits_for_it_takes_the_metadata
             raise refusal
         committed.append(group)
 
-    monkeypatch.setattr(FakeTransactions, "commit", refuses)
+    monkeypatch.setattr(MemoryTransactions, "commit", refuses)
     broker = FakeBroker()
     broker.create(CATALOGUE.topics())
     thread = Committer(broker, CATALOGUE, CODEC, broker.producer(), broker.transactions("t"), "t")

@@ -41,11 +41,11 @@ _hooked = False
 _undo: list[Callable[[], object]] = []
 
 
-def install() -> None:
-    """Puts the guards in place, for the whole process. Once is enough, twice does no harm."""
+def install() -> bool:
+    """Puts the guards in place, for the whole process; False where they were there already, which does no harm."""
     global _hooked, _installed  # noqa: PLW0603 - as is what they are about: of the process
     if _installed:
-        return
+        return False
     _installed = True
     replaced = [*_clocks(), *_entropy(), *_orders(), *_refusals(), *_exempt()]
     _rebind(replaced)
@@ -54,6 +54,7 @@ def install() -> None:
     if not _hooked:  # there is no removing one
         sys.addaudithook(_audit)
         _hooked = True
+    return True
 
 
 def uninstall() -> None:

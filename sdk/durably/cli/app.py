@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from durably.cli import acls, gateway, health, hooks, processes, runs, start, topics
+from durably.cli import acls, gateway, health, hooks, processes, replay, runs, start, topics
 from durably.cli.shell import command
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ command(app, "worker")(processes.worker)
 command(app, "gateway")(gateway.gateway)
 command(app, "start")(start.start)
 command(app, "stream")(runs.stream)
+command(app, "replay")(replay.replay)
 command(app, "health")(health.health)
 command(app, "acls")(acls.acls)
 command(_runs, "list")(runs.list_)

@@ -1,19 +1,15 @@
 """``durably dev``, ``processor`` and ``worker``: the long-running processes."""
 
-import importlib
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from durably.cli.gateway import PORT, beside
 from durably.cli.shell import Build, LogFormat, Shell, checked_queues, log_as
-
-if TYPE_CHECKING:
-    from types import ModuleType
-
+from durably.installation import processor_module
 
 Modules = Annotated[
     list[str],
@@ -89,7 +85,7 @@ def dev(
         shell.say(f"ready: {url}, namespace {settings.namespace}; start runs with --url {url}{served}")
 
     try:
-        _processor("dev").run_dev(
+        processor_module("dev").run_dev(
             settings, modules, queues=tuple(queues), concurrency=concurrency, ready=ready, metrics=metrics or None
         )
     finally:
@@ -120,7 +116,7 @@ def processor(
     def ready() -> None:
         shell.say(f"processor ready: {settings.url}, namespace {settings.namespace}")
 
-    _processor("process").run_processor(settings, modules, ready=ready, metrics=metrics or None)
+    processor_module("process").run_processor(settings, modules, ready=ready, metrics=metrics or None)
 
 
 def worker(
@@ -168,17 +164,3 @@ def worker(
             running.join()
         if running.error is not None:
             raise running.error
-
-
-def _processor(name: str) -> "ModuleType":
-    """A module of the processor, found by name: the SDK stands below it and cannot import it."""
-    from durably.errors import ConfigurationError
-
-    try:
-        return importlib.import_module(f"durably_processor.{name}")
-    except ModuleNotFoundError as e:
-        if not (e.name or "").startswith("durably_processor"):
-            raise
-        raise ConfigurationError(
-            f"this installation has no processor ({e.name} is missing): install the whole distribution, pip install durably"
-        ) from e

@@ -53,13 +53,14 @@ def show(shell: Shell, run_id: RunId) -> None:
 
 
 def events(shell: Shell, run_id: RunId) -> None:
-    """Prints a run's log."""
+    """Prints a run's log. In JSON, each event has its `record`, which `durably replay` reads."""
+    from durably import history
     from durably.cli import output
     from durably.client.run import Run
 
     with shell.connection() as connection:
         log = Run[object](connection, run_id).events()
-    shell.show(log, lambda: output.events_table(log))
+    shell.show(history.shown(log) if shell.json else log, lambda: output.events_table(log))
 
 
 def cancel(

@@ -82,7 +82,7 @@ class Starter:
         return self._submit(self._options.named(), workflow, payload, None)
 
     def _submit(self, options: NamedOptions, name: str, payload: Payload, returns: Any) -> Run[Any]:
-        command = options.command(_named(name), payload)
+        command = options.command(_named(name), payload, now=self._connection.now())
         submit(self._connection, command)
         return Run(self._connection, command.run_id, returns)
 
@@ -118,7 +118,7 @@ class AsyncStarter:
         return await self._submit(self._options.named(), workflow, payload, None)
 
     async def _submit(self, options: NamedOptions, name: str, payload: Payload, returns: Any) -> AsyncRun[Any]:
-        command = options.command(_named(name), payload)
+        command = options.command(_named(name), payload, now=self._connection.now())
         await submit_async(self._connection, command)
         return AsyncRun(self._connection, command.run_id, returns)
 

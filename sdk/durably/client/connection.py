@@ -89,6 +89,10 @@ class Connection:
         """Whether `listen` has been through, so that `ask` does not block."""
         return self._replies is not None
 
+    def now(self) -> int:
+        """The time that starts are counted from, in milliseconds since the epoch."""
+        return time.time_ns() // 1_000_000
+
     def open(self) -> Producer:
         """Checks the topics and makes the producer, where that is still to be done.
 

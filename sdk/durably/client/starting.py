@@ -68,9 +68,15 @@ class NamedOptions(msgspec.Struct, frozen=True, kw_only=True):
     attributes: Mapping[str, str]
     delay: Duration | None
 
-    def command(self, workflow: str, input: Payload) -> StartRun:  # noqa: A002 - as the record names it
-        """The record that asks for the run."""
-        now = time.time_ns() // 1_000_000
+    def command(
+        self,
+        workflow: str,
+        input: Payload,  # noqa: A002 - as the record names it
+        *,
+        now: int | None = None,
+    ) -> StartRun:
+        """The record that asks for the run. ``now``: in milliseconds since the epoch; None: by the machine's clock."""
+        now = time.time_ns() // 1_000_000 if now is None else now
         return StartRun(
             run_id=self.run_id,
             workflow=workflow,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from durably_connectors.http import health, hooks, models, problems, runs, streams, webhooks
+from durably_connectors.http import dashboard, health, hooks, models, problems, runs, streams, webhooks
 from durably_connectors.http.gateway import MAX_BODY, RESPONSE_TIMEOUT, Gateway
 from durably_connectors.http.security import BodyLimit, Guard, GuardedRoute, bearer
 
@@ -95,8 +95,8 @@ def create_gateway(
     # Ids and tokens may hold slashes, so what is more specific stands first.
     for part in (hooks.router, streams.router, runs.router, health.installation):
         api.include_router(part)
-    for part in (api, webhooks.router, health.router):
+    for part in (api, webhooks.router, health.router, dashboard.public, dashboard.router):
         app.include_router(part)
-    app.router.routes.append(webhooks.every_method)
+    app.router.routes += [webhooks.every_method, dashboard.static, dashboard.front]
     app.openapi = lambda: problems.described(FastAPI.openapi(app))  # type: ignore[method-assign]
     return app

@@ -146,10 +146,10 @@ class Scene:
         finally:
             dev.stop()
 
-    def garbage(self, value: bytes) -> None:
-        """A record on `commands` that nobody can decode."""
+    def put(self, topic: str, value: bytes) -> None:
+        """A record on a topic, as somebody wrote it."""
         producer = self.broker.producer()
-        producer.send("durably.commands", value, key=b"order-x")
+        producer.send(topic, value, key=b"order-x")
         producer.flush(10)
         producer.close()
 
@@ -174,7 +174,7 @@ class Scene:
                 run.result(60)
             for run_id in ("expense-7", "call-1", "changing-1"):
                 until(lambda run_id=run_id: self.client.get_run(run_id).describe().hooks)
-            self.garbage(b"\xc3\x01no event" + HOSTILE.encode())
+            self.put("durably.commands", b"\xc3\x01no event" + HOSTILE.encode())
         _code["changed"] = True
 
 

@@ -119,7 +119,7 @@ async def runs(
     wanted = RunQuery(
         workflow=workflow,
         statuses=status,
-        attributes=dict(_pair(text) for text in attribute),
+        attributes=dict(pair(text) for text in attribute),
         created_from=_milliseconds(created_from),
         created_to=_milliseconds(created_to),
     )
@@ -127,7 +127,7 @@ async def runs(
     return Json({"runs": page.runs, "next_cursor": page.cursor})
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
     """The first = ends the name; one within it is percent-encoded, once more than the query as a whole is."""
     name, _, value = text.partition("=")
     return unquote(name), value

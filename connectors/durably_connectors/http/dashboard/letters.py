@@ -39,7 +39,7 @@ class Letter(NamedTuple):
     @property
     def sort(self) -> str:
         """What kind of record it holds, as far as that can be told."""
-        return type(self.record).__name__ if self.record is not None else "unreadable"
+        return type(self.record).__name__ if self.record is not None else "Unreadable record"
 
 
 class Letters(NamedTuple):

@@ -33,7 +33,7 @@ from durably_connectors.http.dashboard.timeline import Timeline
 from durably_connectors.http.gateway import Gateway, GatewayOf
 from durably_connectors.http.problems import Problem
 from durably_connectors.http.projection import RunQuery
-from durably_connectors.http.runs import RunId, asked_list, listed
+from durably_connectors.http.runs import RunId, asked_list, listed, pair
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -172,10 +172,9 @@ async def runs(request: Request, gateway: GatewayOf) -> Response:
 
 
 def _attribute(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
+    if "=" not in text[1:]:
         raise Problem(400, "bad-attribute", f"the attribute {text!r:.100} is none: write it as NAME=VALUE")
-    return name, value
+    return pair(text)
 
 
 def _instant(asked: dict[str, str], name: str) -> int | None:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
 import msgspec
+from durably import payloads
 from durably.jsonable import plain, to_json
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse
 
 if TYPE_CHECKING:
+    from durably_schemas.records import Payload
     from starlette.requests import Request
 
 PATH = "/dashboard"
@@ -55,7 +57,8 @@ def length(milliseconds: float | None) -> str:
         return f"{max(0, milliseconds):.0f} ms"
     if milliseconds < 60_000:
         return f"{milliseconds / 1000:.3g} s"
-    parts, left = [], int(milliseconds)
+    parts: list[str] = []
+    left = int(milliseconds)
     for unit, size in _UNITS:
         count, left = divmod(left, size)
         if count or parts:
@@ -94,10 +97,30 @@ def pretty(value: Any, longest: int = LONGEST_SHOWN) -> str:
     return f"{text[:longest]}\n… {len(text) - longest:,} characters more: the API has all of it"
 
 
+def short(value: Any) -> str:
+    """A value in one line where it fits, else indented."""
+    text = to_json(value).decode()
+    return text if len(text) <= 160 else pretty(value, 4_000)
+
+
+def arguments(payload: Payload) -> Any:
+    """What a step or workflow is called with: a list of what is given by position, or an object of what is by name."""
+    given = plain(payload)
+    match given:
+        case [[*args], dict(kwargs)] if payload.content_type.startswith(payloads.MSGPACK):
+            return {"args": args, "kwargs": kwargs} if args and kwargs else kwargs or args
+    return given
+
+
 def line(value: Any, longest: int = 120) -> str:
     """A value in one line, cut where it is long."""
     text = to_json(value).decode()
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def pair(name: str, value: str) -> str:
+    """An attribute as the list is asked for it: in its name, an equals sign is percent-encoded."""
+    return f"{name.replace('%', '%25').replace('=', '%3D')}={value}"
 
 
 def segment(text: str) -> str:
@@ -115,7 +138,7 @@ def _environment_of() -> Environment:
     )
     environment.filters |= {
         "length": length, "instant": instant, "ago": ago, "pretty": pretty, "line": line, "segment": segment,
-        "query": urlencode, "plain": plain, "grouped": lambda number: f"{number:,}",
+        "query": urlencode, "plain": plain, "short": short, "arguments": arguments, "pair": pair, "grouped": lambda number: f"{number:,}",
     }  # fmt: skip
     environment.globals["size"] = len  # whose name as a filter means a duration here
     return environment

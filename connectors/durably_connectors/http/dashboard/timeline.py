@@ -41,6 +41,7 @@ class Row:
     until: int | None = None
     attempts: int = 0
     note: str = ""
+    due: int | None = None
     child: str = ""
     error: Error | None = None
     bars: list[Bar] = field(default_factory=list)
@@ -106,9 +107,8 @@ class Timeline:
                 row.note = "" if queue == "default" else f"queue {queue}"
                 row.turn("queued", "waits for a worker, or runs", at)
             case ev.WaitCreated(due_at=due):
-                row = self._add(Row("wait", of, "sleep", "waiting", at))
+                row = self._add(Row("wait", of, "sleep", "waiting", at, due=due))
                 row.turn("wait", "waits", at)
-                row.values.append(("Until (ms since the epoch)", due))
             case ev.HookCreated(token=token, webhook=webhook, metadata=metadata):
                 row = self._add(Row("webhook" if webhook else "hook", of, token, "open", at))
                 row.turn("hook", "waits for data", at)

@@ -115,6 +115,7 @@ export function followStream() {
   const note = document.querySelector("[data-stream-note]");
   const source = new EventSource(list.dataset.follow);
   const pretty = (text) => {
+    if (text.length <= 160) return text;
     try {
       return JSON.stringify(JSON.parse(text), null, 2);
     } catch {

@@ -287,7 +287,8 @@ def _opened(path: Path | None) -> sqlite3.Connection:
     try:
         db = sqlite3.connect(path, check_same_thread=False)
         try:
-            if db.execute("PRAGMA user_version").fetchone() != (_LAYOUT,):
+            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if tables == set(_TABLES) and db.execute("PRAGMA user_version").fetchone() != (_LAYOUT,):
                 db.executescript("".join(f"DROP TABLE IF EXISTS {table};" for table in _TABLES))
             db.executescript(_SCHEMA)
             db.executescript("BEGIN IMMEDIATE; ROLLBACK;")  # a file that has the tables may yet be read-only

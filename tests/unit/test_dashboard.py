@@ -13,7 +13,7 @@ import pytest
 from dashboard_scene import HOSTILE
 from durably import failures, payloads
 from durably_connectors.http import create_gateway
-from durably_connectors.http.dashboard import letters, pages, session
+from durably_connectors.http.dashboard import letters, listing, run, session
 from durably_connectors.http.dashboard.render import _environment
 from durably_schemas import events
 from durably_schemas.records import CancelRun, DeadLetter, Payload, ResumeHook, StartRun, StepRequest
@@ -235,8 +235,7 @@ def assert_harmless(text: str) -> None:
 
 def test_nothing_that_others_wrote_becomes_markup(gateway: GatewayUnderTest) -> None:
     processor, run_id = gateway.processor, HOSTILE
-    run = processor.start(run_id, HOSTILE)
-    run.log[0] = events.event(
+    processor.start(run_id, HOSTILE).log[0] = events.event(
         run_id, 1, 5, events.RunCreated(workflow=HOSTILE, input=payloads.dump([[HOSTILE], {}], "x"))
     )  # fmt: skip
     processor.event(run_id, events.HookCreated(token=HOSTILE, metadata=payloads.dump(HOSTILE, "x")), HOSTILE)
@@ -276,7 +275,7 @@ def test_no_template_has_an_inline_script_or_style_or_trusts_a_value() -> None:
 def test_runs_are_found_by_id_workflow_status_attribute_and_time_page_by_page(
     gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "RUNS", 2)
+    monkeypatch.setattr(listing, "RUNS", 2)
     for n in range(5):
         gateway.processor.start(f"order-{n}", "fulfil")
         gateway.processor.change(f"order-{n}", created_at=1_000_000 * n, attributes={"team=": "a=b" if n == 1 else "c"})
@@ -319,7 +318,7 @@ def test_what_cannot_be_asked_is_a_page_that_says_why(gateway: GatewayUnderTest,
 def test_a_long_log_is_shown_by_its_beginning_and_its_end(
     gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "EVENTS", 20)
+    monkeypatch.setattr(run, "EVENTS", 20)
     gateway.processor.page = 7
     gateway.processor.start("long", "greet", None)
     for n in range(50):

@@ -95,8 +95,9 @@ def create_gateway(
     # Ids and tokens may hold slashes, so what is more specific stands first.
     for part in (hooks.router, streams.router, runs.router, health.installation):
         api.include_router(part)
-    for part in (api, webhooks.router, health.router, dashboard.public, dashboard.router):
+    for part in (api, webhooks.router, health.router):
         app.include_router(part)
-    app.router.routes += [webhooks.every_method, dashboard.static, dashboard.front]
+    app.router.routes.append(webhooks.every_method)
+    dashboard.install(app)
     app.openapi = lambda: problems.described(FastAPI.openapi(app))  # type: ignore[method-assign]
     return app

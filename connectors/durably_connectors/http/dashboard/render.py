@@ -11,16 +11,24 @@ import msgspec
 from durably import payloads
 from durably.jsonable import plain, to_json
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 if TYPE_CHECKING:
-    from durably_schemas.records import Payload
+    from durably_schemas.records import Payload, RunStatus
     from starlette.requests import Request
 
 PATH = "/dashboard"
 """Where the dashboard begins, below where the gateway is mounted."""
+STATUSES: tuple[RunStatus, ...] = ("running", "pending", "blocked", "failed", "completed", "cancelled")
+"""As they are shown: what goes on comes first."""
 LONGEST_SHOWN = 20_000
 """Characters of a value on a page; the API has the whole."""
+_SAID = {
+    "cancelled": "The run was asked to end; its cleanup may still run steps.",
+    "started": "This is a new run with the same workflow, input and attributes.",
+    "resumed": "The run has the payload.",
+    "sent": "The record was sent again.",
+}
 _UNITS = (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1000))
 
 
@@ -41,8 +49,14 @@ def page(request: Request, template: str, **values: Any) -> HTMLResponse:
         "path": request.url.path.removeprefix(base_of(request)) or "/",
         "asks": request.app.state.guard.asks,
         "now": now_ms(),
+        "said": _SAID.get(request.query_params.get("said", "")),
     }
     return HTMLResponse(_environment.get_template(template).render(shared | values))
+
+
+def to_run(request: Request, run_id: str, said: str) -> Response:
+    """Leads to the page of a run, which says what has been done."""
+    return RedirectResponse(f"{base_of(request)}/runs/{segment(run_id)}?said={said}", 303)
 
 
 def length(milliseconds: float | None) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import durably
 from durably import create_hook, create_webhook, get_writable, sleep, step, workflow
 from durably.broker import connect
-from durably.client import AsyncClient, Client
+from durably.client import Client
 from durably.settings import Settings
 from durably_connectors.http import GatewayThread, create_gateway
 from durably_processor.dev import Dev
@@ -127,14 +127,12 @@ class Scene:
     @contextmanager
     def gateway(self, **options: Any) -> Iterator[GatewayThread]:
         """A gateway on loopback."""
-        client = AsyncClient(self.broker)
-        thread = GatewayThread(lambda: create_gateway(client, **options), 0)
+        thread = GatewayThread(lambda: create_gateway(self.settings.url, **options), 0)
         thread.start()
         try:
             yield thread
         finally:
             thread.stop()
-            asyncio.run(client.close())
 
     @contextmanager
     def working(self) -> Iterator[None]:

@@ -136,29 +136,32 @@ def test_a_run_shows_its_steps_attempts_waits_children_and_streams(page: Page, u
     expect(page.locator(".stream li")).to_have_count(3)
 
 
+def press(page: Page, *keys: str) -> None:
+    """Presses keys, as soon as there is a script to hear them."""
+    expect(page.locator("html.scripted")).to_be_attached()
+    for key in keys:
+        page.keyboard.press(key)
+
+
 def test_keys_lead_everywhere(page: Page, url: str) -> None:
     page.goto(f"{url}/?id=order")
-    page.keyboard.press("?")
+    press(page, "?")
     expect(page.get_by_role("dialog")).to_be_visible()
-    page.keyboard.press("Escape")
+    press(page, "Escape")
     expect(page.get_by_role("dialog")).to_be_hidden()
-    page.keyboard.press("/")
+    press(page, "/")
     expect(page.get_by_label("Run ID begins with")).to_be_focused()
     page.keyboard.type("ex")
-    page.keyboard.press("Enter")
+    press(page, "Enter")
     expect(page).to_have_url(re.compile("id=ex"))
-    page.keyboard.press("j")
+    press(page, "j")
     expect(page.locator("tr.chosen")).to_have_attribute("data-row", "expense-7")
-    page.keyboard.press("Enter")
+    press(page, "Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text("expense-7")
-    page.keyboard.press("j")
-    page.keyboard.press("j")
-    page.keyboard.press("k")
-    page.keyboard.press("Enter")
+    press(page, "j", "j", "k", "Enter")
     expect(page.locator(".g-item.chosen[open] .g-text")).to_have_text("dash.pack")
     for key, title in (("w", "Workflows"), ("q", "Queues"), ("b", "Blocked runs"), ("r", "Runs")):
-        page.keyboard.press("g")
-        page.keyboard.press(key)
+        press(page, "g", key)
         expect(page.get_by_role("heading", level=1)).to_have_text(title)
 
 
@@ -217,7 +220,7 @@ def test_queues_have_their_lag_and_their_readers(page: Page, url: str) -> None:
     cards = page.locator(".queue")
     assert cards.locator("h2").all_inner_texts() == ["processors", "default", "mail"]
     expect(cards.locator(".members li")).to_have_count(3)
-    assert set(cards.locator(".facts dd").nth(0).all_inner_texts()) == {"0"}
+    expect(cards.locator(".badge")).to_have_text(["up to date"] * 3, timeout=20_000)
     expect(page.locator(".chip.s-completed")).to_have_count(3)
 
 

@@ -304,7 +304,7 @@ def test_runs_are_found_by_id_workflow_status_attribute_and_time_page_by_page(
     ("asked", "said"),
     [
         ("/?cursor=x", "is none"), ("/?attribute=x", "NAME=VALUE"), ("/?from=yesterday", "is no instant"),
-        ("/workflows?window=1y", "is none of"), ("/streams/r1?name=%00", "stream"), ("/follow/r1?start=-1", "no index"),
+        ("/workflows?window=1y", "is none of"), ("/streams/r1?name=%00", "stream"), ("/follow/r1?start=-1", "no index"), ("/live?seen=x", "no number"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_a_page_that_says_why(gateway: GatewayUnderTest, asked: str, said: str) -> None:
@@ -362,19 +362,24 @@ def test_workflows_have_counts_and_percentiles_of_what_has_completed(gateway: Ga
     ]  # fmt: skip
 
 
-def test_it_says_that_something_has_changed(gateway: GatewayUnderTest) -> None:
+def test_a_page_hears_of_what_has_happened_since_it_was_asked_for(gateway: GatewayUnderTest) -> None:
     gateway.processor.start("r1")
     shown(gateway, "/", "r1")
     for path, change in (
-        ("/live", lambda: gateway.processor.start("r2")),
-        ("/live/r1", lambda: gateway.processor.complete("r1", 2)),
+        ("/", lambda: gateway.processor.start("r2")),
+        ("/runs/r1", lambda: gateway.processor.complete("r1", 2)),
     ):
-        with gateway.http.stream("GET", f"/dashboard{path}") as response:
+        listens = re.search(r'data-live="([^"]*)"', get(gateway, path).text)
+        assert listens is not None
+        with gateway.http.stream("GET", listens[1]) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
             lines = response.iter_lines()
             assert next(lines) == "retry: 2000"
             change()
             assert next(line for line in lines if line.startswith("data")) == "data: changed"
+        with gateway.http.stream("GET", listens[1]) as response:  # a browser that was away meanwhile
+            assert next(line for line in response.iter_lines() if line.startswith("data")) == "data: changed"
+    assert "data-live" not in get(gateway, "/runs/r1").text, "it has ended"
 
 
 def test_below_an_application_of_somebody_elses_every_link_has_its_prefix(gateway: GatewayUnderTest) -> None:

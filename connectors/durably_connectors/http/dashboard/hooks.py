@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from durably_connectors.http import documents
+from durably_connectors.http.dashboard import live
 from durably_connectors.http.dashboard.render import page, to_run
 from durably_connectors.http.dashboard.session import PageRoute
 from durably_connectors.http.gateway import GatewayOf
@@ -29,11 +30,13 @@ router = APIRouter(route_class=PageRoute)
 @router.get("/hooks")
 async def hooks(request: Request, gateway: GatewayOf) -> Response:
     """Open hooks, with a form for each."""
+    listens = live.of_list(request, gateway)
     found = await listed(gateway, RunQuery(with_hooks=True), RUNS, request.query_params.get("cursor"))
     of_runs = await asyncio.gather(*(hooks_of(gateway, run_) for run_ in found.runs))
     return page(
         request,
         "hooks.html",
+        live=listens,
         hooks=[
             (run_, hook.record) for run_, some in zip(found.runs, of_runs, strict=True) for hook in some
         ],

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from durably_connectors.http.dashboard.live import said_when_changed
+from durably_connectors.http.dashboard import live
 from durably_connectors.http.dashboard.render import STATUSES, page
 from durably_connectors.http.dashboard.session import PageRoute
 from durably_connectors.http.gateway import GatewayOf
@@ -27,6 +27,7 @@ router = APIRouter(route_class=PageRoute)
 @router.get("/")
 async def runs(request: Request, gateway: GatewayOf) -> Response:
     """The list of runs, filtered, page by page."""
+    listens = live.of_list(request, gateway)
     asked = {name: value for name, value in request.query_params.multi_items() if value}
     statuses = [status for status in STATUSES if status in request.query_params.getlist("status")]
     wanted = RunQuery(
@@ -49,6 +50,7 @@ async def runs(request: Request, gateway: GatewayOf) -> Response:
         runs=found.runs,
         next=urlencode([*kept, ("cursor", found.cursor)]) if found.cursor else None,
         first=urlencode(kept) if "cursor" in asked else None,
+        live="" if "cursor" in asked else listens,
         asked=asked,
         filtered=bool(kept),
         statuses=[(status, status in statuses, totals[status]) for status in STATUSES],
@@ -73,10 +75,10 @@ def _instant(asked: dict[str, str], name: str) -> int | None:
 
 
 @router.get("/live")
-async def live(gateway: GatewayOf) -> Response:
+async def live_list(request: Request, gateway: GatewayOf) -> Response:
     """Says, as server-sent events, that the list of runs has changed."""
 
-    async def changes() -> int:
+    async def changes(_: int) -> int:
         return gateway.projection.changes
 
-    return said_when_changed(gateway, changes)
+    return live.said_when_changed(request, gateway, changes)

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse, Response
 
 from durably_connectors.http import documents
-from durably_connectors.http.dashboard import letters
+from durably_connectors.http.dashboard import letters, live
 from durably_connectors.http.dashboard.queues import queues as asked_queues
 from durably_connectors.http.dashboard.render import base_of, page
 from durably_connectors.http.dashboard.run import events_from
@@ -88,11 +88,13 @@ async def _wanted(gateway: Gateway, asked: StepRequest) -> None:
 @router.get("/blocked")
 async def blocked(request: Request, gateway: GatewayOf) -> Response:
     """Blocked runs, each with what was expected and what was found."""
+    listens = live.of_list(request, gateway)
     found = await listed(gateway, RunQuery(statuses=["blocked"]), BLOCKED, request.query_params.get("cursor"))
     differences = await asyncio.gather(*(_difference(gateway, run_) for run_ in found.runs))
     return page(
         request,
         "blocked.html",
+        live=listens,
         runs=list(zip(found.runs, differences, strict=True)),
         next=urlencode({"cursor": found.cursor}) if found.cursor else None,
     )

@@ -45,6 +45,7 @@ def base_of(request: Request) -> str:
 def page(request: Request, template: str, **values: Any) -> HTMLResponse:
     """A page of HTML. A link in it is ``{{ base }}/…``."""
     shared = {
+        "live": "",
         "base": base_of(request),
         "path": request.url.path.removeprefix(base_of(request)) or "/",
         "asks": request.app.state.guard.asks,
@@ -154,7 +155,6 @@ def _environment_of() -> Environment:
         "length": length, "instant": instant, "ago": ago, "pretty": pretty, "line": line, "segment": segment,
         "query": urlencode, "plain": plain, "short": short, "arguments": arguments, "pair": pair, "grouped": lambda number: f"{number:,}",
     }  # fmt: skip
-    environment.globals["size"] = len  # whose name as a filter means a duration here
     return environment
 
 

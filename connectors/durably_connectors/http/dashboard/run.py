@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from durably_connectors.http import documents, streams
-from durably_connectors.http.dashboard.live import said_when_changed
+from durably_connectors.http.dashboard import live
 from durably_connectors.http.dashboard.render import now_ms, page, to_run
 from durably_connectors.http.dashboard.session import PageRoute
 from durably_connectors.http.dashboard.timeline import Timeline
@@ -40,20 +40,25 @@ async def run(request: Request, gateway: GatewayOf, run_id: RunId) -> Response:
     summary = await AsyncRun[Any](gateway.connection, run_id).describe()
     ended = summary.status in TERMINAL
     log, open_hooks = await asyncio.gather(_log(gateway, summary), _none() if ended else _hooks(gateway, run_id))
-    timeline = Timeline(log)
-    return page(
-        request,
-        "run.html",
-        run=summary,
-        ended=ended,
-        timeline=timeline,
-        axis=timeline.axis(now_ms()),
-        events=log[-EVENTS_SHOWN:],
-        left_out=summary.events - min(len(log), EVENTS_SHOWN),
-        cut=summary.events > len(log),
-        hooks=open_hooks,
-        webhook_url=lambda token: gateway.webhook_url(token, request),
-    )
+
+    def rendered() -> Response:
+        timeline = Timeline(log)
+        return page(
+            request,
+            "run.html",
+            run=summary,
+            ended=ended,
+            live="" if ended else live.of_run(request, summary),
+            timeline=timeline,
+            axis=timeline.axis(now_ms()),
+            events=log[-EVENTS_SHOWN:],
+            left_out=summary.events - min(len(log), EVENTS_SHOWN),
+            cut=summary.events > len(log),
+            hooks=open_hooks,
+            webhook_url=lambda token: gateway.webhook_url(token, request),
+        )
+
+    return await asyncio.to_thread(rendered)  # which takes a while where the log or its values are long
 
 
 async def _none() -> list[Any]:
@@ -141,18 +146,13 @@ def _stream(request: Request) -> str:
 
 
 @router.get("/live/{run_id:path}")
-async def live_run(gateway: GatewayOf, run_id: RunId) -> Response:
+async def live_run(request: Request, gateway: GatewayOf, run_id: RunId) -> Response:
     """Says, as server-sent events, that a run's log has grown."""
-    run = AsyncRun[Any](gateway.connection, run_id)
-    await run.describe()
-    seen = 0
+    await AsyncRun[Any](gateway.connection, run_id).describe()
 
-    async def entries() -> int:
-        nonlocal seen
-        found = await events_from(gateway, run_id, seen + 1)
-        while found:
+    async def entries(seen: int) -> int:
+        while found := await events_from(gateway, run_id, seen + 1):
             seen = found[-1].seq
-            found = await events_from(gateway, run_id, seen + 1)
         return seen
 
-    return said_when_changed(gateway, entries)
+    return live.said_when_changed(request, gateway, entries)

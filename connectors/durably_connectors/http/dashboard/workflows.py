@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from durably_connectors.http.dashboard import charts
+from durably_connectors.http.dashboard import charts, live
 from durably_connectors.http.dashboard.render import STATUSES, now_ms, page
 from durably_connectors.http.dashboard.session import PageRoute
 from durably_connectors.http.gateway import GatewayOf
@@ -29,6 +29,7 @@ router = APIRouter(route_class=PageRoute)
 @router.get("/workflows")
 async def workflows(request: Request, gateway: GatewayOf) -> Response:
     """All workflows: how many of their runs there are, and how long they take."""
+    listens = live.of_list(request, gateway)
     window, since, slot = _window(request)
 
     def asked(projection: Projection) -> list[dict[str, Any]]:
@@ -47,13 +48,20 @@ async def workflows(request: Request, gateway: GatewayOf) -> Response:
 
     found = await asked_list(gateway, asked)
     return page(
-        request, "workflows.html", workflows=found, window=window, windows=list(charts.WINDOWS), statuses=STATUSES
+        request,
+        "workflows.html",
+        live=listens,
+        workflows=found,
+        window=window,
+        windows=list(charts.WINDOWS),
+        statuses=STATUSES,
     )
 
 
 @router.get("/workflows/{name:path}")
 async def workflow(request: Request, gateway: GatewayOf, name: str) -> Response:
     """One workflow: how many runs over time, and how long they took."""
+    listens = live.of_list(request, gateway)
     window, since, slot = _window(request)
 
     def asked(projection: Projection) -> dict[str, Any]:
@@ -74,7 +82,7 @@ async def workflow(request: Request, gateway: GatewayOf, name: str) -> Response:
     found = await asked_list(gateway, asked)
     latest = await listed(gateway, RunQuery(workflow=name), 10, None)
     return page(
-        request, "workflow.html", name=name, window=window, windows=list(charts.WINDOWS), since=since, slot=slot,
+        request, "workflow.html", live=listens, name=name, window=window, windows=list(charts.WINDOWS), since=since, slot=slot,
         runs=latest.runs, order=STATUSES, **found,
     )  # fmt: skip
 

@@ -98,7 +98,7 @@ def test_on_its_own_machine_it_asks_for_nothing_and_every_answer_is_guarded_by_a
     assert is_guarded(get(gateway, "/runs/none"))
 
 
-@pytest.mark.parametrize("path", [*PAGES, "/queues", "/live", "/live/r1", "/follow/r1"])
+@pytest.mark.parametrize("path", [*PAGES, "/queues", "/live", "/live/r1", "/follow/r1", "/runs/a%3Fb%23c"])
 def test_with_a_token_every_page_leads_to_the_login_and_back(guarded_gateway: GatewayUnderTest, path: str) -> None:
     response = get(guarded_gateway, path)
     assert response.status_code == 303

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from durably.errors import DurablyError
 from fastapi.routing import APIRoute
@@ -130,7 +130,8 @@ class PageRoute(PublicRoute):
 
 def _told(request: Request, problem: Problem) -> Response:
     if problem.status == 401:
-        path = request.url.path.removeprefix(base_of(request))
+        raw: bytes = request.scope.get("raw_path") or quote(request.url.path).encode()  # an id may hold a ? or a #
+        path = raw.decode("latin-1").removeprefix(base_of(request))
         back = f"{path}?{request.url.query}" if request.url.query else path
         asked = urlencode({"next": back if request.method in _SAFE else "/"})
         return RedirectResponse(f"{base_of(request)}/login?{asked}", 303)

@@ -63,8 +63,9 @@ def latest(connection: Connection) -> Letters:
 def letter_at(connection: Connection, partition: int, offset: int) -> Letter:
     """The letter at a place. Raises `Problem` with 404 where there is none, and `BrokerError`."""
     place = TP(connection.catalogue.dead_letters, partition)
-    known = 0 <= partition < connection.partitions(place.topic)
-    messages = _messages(connection, {place: offset}, 1) if known else []
+    broker, messages = connection.broker, list[Message]()
+    if partition < connection.partitions(place.topic) and offset < broker.end_offsets([place], committed=True)[place]:
+        messages = _messages(connection, {place: max(offset, broker.start_offsets([place])[place])}, 1)
     if not messages or messages[0].offset != offset:
         raise Problem(404, "letter-not-found", f"there is no dead letter {partition}/{offset}: it is no longer kept")
     return _read(connection, messages[0])

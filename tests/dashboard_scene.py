@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from durably.broker.port import Broker
 
-HOSTILE = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">\'"`{{ 7 * 7 }}'
+HOSTILE = '{{ 7 * 7 }}<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">\'"`'
 """What would run where it is not escaped."""
 _code = {"changed": False}
 _tries: dict[str, int] = {}

@@ -27,6 +27,11 @@ router = APIRouter(tags=["hooks"], route_class=GuardedRoute)
 
 
 async def _token(token: Annotated[str, Path(description="The hook's token, percent-encoded.")]) -> str:
+    return checked_token(token)
+
+
+def checked_token(token: str) -> str:
+    """The same token. Raises `Problem` with 400 where no hook may have it."""
     try:
         token_key(token)
     except ConfigurationError as e:

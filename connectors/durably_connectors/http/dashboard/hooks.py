@@ -16,7 +16,7 @@ from durably_connectors.http.dashboard import live
 from durably_connectors.http.dashboard.render import page, to_run
 from durably_connectors.http.dashboard.session import PageRoute
 from durably_connectors.http.gateway import GatewayOf
-from durably_connectors.http.hooks import hooks_of
+from durably_connectors.http.hooks import checked_token, hooks_of
 from durably_connectors.http.problems import Problem
 from durably_connectors.http.projection import RunQuery
 from durably_connectors.http.runs import listed
@@ -49,6 +49,7 @@ async def hooks(request: Request, gateway: GatewayOf) -> Response:
 async def resume(request: Request, gateway: GatewayOf) -> Response:
     """Hands a payload to a hook: JSON, or nothing."""
     form = await documents.form(request)
+    token = checked_token(form.get("token", ""))
     text = form.get("payload", "").strip()
     if text:
         try:
@@ -60,5 +61,5 @@ async def resume(request: Request, gateway: GatewayOf) -> Response:
         payload = payloads.encode(Payload(content_type=payloads.JSON, data=text.encode()))
     else:
         payload = payloads.dump(None, "the payload")
-    run_ = await resume_hook_async(gateway.connection, form.get("token", ""), payload)
+    run_ = await resume_hook_async(gateway.connection, token, payload)
     return to_run(request, run_.run_id, "resumed")

@@ -36,10 +36,9 @@ router = APIRouter(route_class=PageRoute)
 async def queues(request: Request, gateway: GatewayOf) -> Response:
     """Queues with their lag and workers, and who owns the partitions."""
     connection = gateway.connection
-    found, trips = await asyncio.gather(
-        asyncio.to_thread(asked_queues, connection.broker, connection.catalogue),
-        asyncio.to_thread(round_trips, connection, _PROCESSORS),
-    )
+    found = await asyncio.to_thread(asked_queues, connection.broker, connection.catalogue)
+    # Only then, because these questions are records themselves, which nobody shall take for a lag.
+    trips = await asyncio.to_thread(round_trips, connection, _PROCESSORS)
     return page(request, "queues.html", queues=found, trips=trips, url=connection.broker.url)
 
 

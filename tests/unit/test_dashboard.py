@@ -304,7 +304,8 @@ def test_runs_are_found_by_id_workflow_status_attribute_and_time_page_by_page(
     ("asked", "said"),
     [
         ("/?cursor=x", "is none"), ("/?attribute=x", "NAME=VALUE"), ("/?from=yesterday", "is no instant"),
-        ("/workflows?window=1y", "is none of"), ("/streams/r1?name=" + "x" * 5_000, "a text of 1 to"), ("/follow/r1?start=-1", "no index"), ("/live?seen=x", "no number"),
+        ("/workflows?window=1y", "is none of"), ("/streams/r1?name=" + "x" * 5_000, "a text of 1 to"),
+        ("/follow/r1?start=-1", "no index"), ("/live?seen=x", "no number"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_a_page_that_says_why(gateway: GatewayUnderTest, asked: str, said: str) -> None:

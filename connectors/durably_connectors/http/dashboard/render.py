@@ -153,7 +153,8 @@ def _environment_of() -> Environment:
     )
     environment.filters |= {
         "length": length, "instant": instant, "ago": ago, "pretty": pretty, "line": line, "segment": segment,
-        "query": urlencode, "plain": plain, "short": short, "arguments": arguments, "pair": pair, "grouped": lambda number: f"{number:,}",
+        "query": urlencode, "plain": plain, "short": short, "arguments": arguments, "pair": pair,
+        "grouped": lambda number: f"{number:,}",
     }  # fmt: skip
     return environment
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from durably.broker import connect
-from durably.broker.port import TP, Committed, End, Message
+from durably.broker.port import TP, Committed, End, GroupState, Message
 from durably.errors import Fenced, RecordTooLarge, UnknownTopic
 from durably_schemas.catalogue import Topic, partition_for
 
@@ -444,6 +444,23 @@ def test_what_is_committed_while_revoking_is_where_the_next_owner_begins(
     second = member()
     got = read(second[0], lambda out: len(messages(out)) >= PARTITIONS)
     assert values(got) == [b"2"] * PARTITIONS
+
+
+def test_who_looks_on_sees_the_members_of_a_group_and_how_far_it_is(
+    broker: Broker, broker_url: str, topic: str, member: Callable[..., tuple[Consumer, Recorder]]
+) -> None:
+    tps = [TP(topic, number) for number in range(PARTITIONS)]
+    assert broker.group_state(f"{topic}.g", tps) == GroupState([], {})
+    both = [member(), member()]
+    settle(*both)
+    for consumer, recorder in both:
+        consumer.commit({TP(topic, number): Committed(number + 3, "") for number in recorder.owned}, wait=True)
+    with closing(connect(broker_url)) as another:
+        members, offsets = another.group_state(f"{topic}.g", tps)
+    assert offsets == {tp: tp.partition + 3 for tp in tps}
+    owned = [{tp.partition for tp in found.partitions if tp.topic == topic} for found in members]
+    assert sorted(map(sorted, owned)) == sorted(sorted(recorder.owned) for _, recorder in both)
+    assert all(found.client and found.host for found in members)
 
 
 def test_a_member_starts_at_the_committed_offset_or_at_the_beginning(

@@ -72,6 +72,7 @@ WORDS = st.sampled_from(
         "describe",
         "topics",
         "group_metadata_of",
+        "group_state",
         "end_offsets",
         "start_offsets",
         "offsets_at",

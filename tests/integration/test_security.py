@@ -507,6 +507,7 @@ MAY_WRITE: dict[tuple[Role, tuple[Option, ...]], set[str]] = {
     ("client", ()): {"commands"},
     ("client", ("feeds-streams",)): {"commands", "streams"},
     ("gateway", ()): {"commands", "streams"},
+    ("gateway", ("replays",)): {"commands", "streams", "results", "requests.default"},
     ("producer", ()): {"commands"},
     ("reader", ()): set(),
     ("admin", ()): set(),

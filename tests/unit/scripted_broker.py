@@ -106,7 +106,8 @@ class Producer:
         self.acks: list = []
 
     def send(self, topic, value, *, key=None, partition=None, headers=(), on_ack=None):
-        assert topic in (self.broker.catalogue.commands, self.broker.catalogue.streams)
+        catalogue = self.broker.catalogue
+        assert topic in (catalogue.commands, catalogue.streams, catalogue.requests("default"))
         record = CODEC.decode(value)
         with self.broker.changed:
             self.broker.put(topic, record, key=key.decode())

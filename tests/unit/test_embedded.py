@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 from durably.broker.embedded import open_embedded
 from durably.broker.embedded_group import spread
-from durably.broker.port import TP, Committed, End, Message
+from durably.broker.port import TP, Committed, End, GroupState, Message
 from durably.errors import BrokerError, BrokerUnreachable, ConfigurationError, Fenced, RecordTooLarge, UnknownTopic
 from durably_schemas.catalogue import Topic
 
@@ -348,6 +348,7 @@ def test_another_process_writes_and_reads_through_the_socket(path: Path, owner: 
         assert (remote.end_offsets([tp]), remote.start_offsets([tp])) == ({tp: 3}, {tp: 0})
         assert remote.offsets_at([tp], got[1].timestamp + 60_000) == {tp: 3}
         assert remote.group_metadata_of("g", [tp]) == {tp: ""}
+        assert remote.group_state("g", [tp]) == GroupState([], {})
         with closing(remote.reader({tp: 0})) as reader:
             reader.seek(tp, 2)
             assert reader.poll(5)[-2:] == [got[2], End("in", 0, 3)]

@@ -240,3 +240,66 @@ def test_pages_give_each_matching_run_once_and_in_order(log: list[Any], query: A
         assert found == expected
     finally:
         projection.stop()
+
+
+def test_runs_are_counted_by_workflow_status_and_time(broker: ScriptedBroker, opened: Any) -> None:
+    for n, status in enumerate(["completed", "completed", "failed"]):
+        put(broker, f"r{n}", status=status, created_at=100 + 10 * n)
+    put(broker, "other", workflow="v", created_at=5)
+    projection = opened()
+    assert projection.wait_ready(5)
+    assert sorted(projection.counts()) == [("v", "running", 0, 1), ("w", "completed", 0, 2), ("w", "failed", 0, 1)]
+    assert sorted(projection.counts(100, 10)) == [
+        ("w", "completed", 0, 1), ("w", "completed", 1, 1), ("w", "failed", 2, 1),
+    ]  # fmt: skip
+    put(broker, "r0", status="failed", created_at=100)
+    until(lambda: ("w", "failed", 0, 2) in projection.counts())
+
+
+def test_completed_runs_say_how_long_they_waited_and_ran(broker: ScriptedBroker, opened: Any) -> None:
+    done = {"status": "completed", "started_at": 130, "completed_at": 150}
+    put(broker, "older", created_at=90, **done)
+    put(broker, "newer", created_at=120, **done)
+    put(broker, "failed", created_at=121, **{**done, "status": "failed"})
+    put(broker, "never-started", created_at=121, status="completed", completed_at=150)
+    projection = opened()
+    assert projection.wait_ready(5)
+    assert projection.took("w", 0, 10) == [(120, 10, 20), (90, 40, 20)]
+    assert projection.took("w", 0, 1) == [(120, 10, 20)]
+    assert projection.took("w", 91, 10) == [(120, 10, 20)]
+    assert projection.took("v", 0, 10) == []
+
+
+def test_an_id_is_found_by_how_it_begins(broker: ScriptedBroker, opened: Any) -> None:
+    for run_id in ("order-1", "order-10", "order-2", "orders", "ordeal", "order-\U0001f600"):
+        put(broker, run_id)
+    projection = opened()
+    assert sorted(listed(projection, id_prefix="order-1")) == ["order-1", "order-10"]
+    assert len(listed(projection, id_prefix="order-")) == 4
+    assert listed(projection, id_prefix="order-%") == listed(projection, id_prefix="Order") == []
+
+
+def test_a_file_of_another_layout_is_made_anew(broker: ScriptedBroker, opened: Any, tmp_path: Path) -> None:
+    path = tmp_path / "runs.sqlite"
+    older = sqlite3.connect(path)
+    for table in ("runs", "attributes", "positions", "origin"):
+        older.execute(f"CREATE TABLE {table} (run_id TEXT)")
+    older.execute("INSERT INTO runs VALUES ('gone')")
+    older.commit()
+    older.close()
+    put(broker, "r1", status="completed", started_at=1, completed_at=2)
+    projection = opened(path)
+    assert listed(projection) == ["r1"]
+    assert projection.took("w", 0, 1) == [(1, 0, 1)]
+
+
+def test_a_file_of_another_program_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "runs.sqlite"
+    other = sqlite3.connect(path)
+    other.execute("CREATE TABLE runs (distance)")
+    other.execute("INSERT INTO runs VALUES (42)")
+    other.commit()
+    with pytest.raises(ConfigurationError, match="cannot be kept in"):
+        create_gateway("embedded:x", projection=path)
+    assert other.execute("SELECT distance FROM runs").fetchall() == [(42,)]
+    other.close()

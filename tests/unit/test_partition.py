@@ -8,6 +8,7 @@ from durably.authoring import WorkflowDefinition
 from durably.broker import connect
 from durably.broker.port import TP
 from durably.payloads import dump_arguments
+from durably_connectors.http.dashboard.letters import CUT
 from durably_processor.admission import Admission
 from durably_processor.partition import Poisoned
 from durably_processor.restore import Restore
@@ -286,6 +287,8 @@ def test_no_record_is_too_long_for_the_dead_letters(lab):
     assert refusal.status == "REFUSED"
     assert len(refusal.message) < 300
     assert [len(o.value) < 1_000_000 and len(o.key) < 2_000 for o in part.outputs] == [True, True]
+    reasons = [CODEC.decode_as(rec.DeadLetter, o.value).reason for o in part.outputs]
+    assert all(CUT in reason for reason in reasons), "the dashboard sends no half of a record again"
 
 
 def test_a_run_that_is_deadly_stays_blocked_until_other_code_comes(lab):

@@ -1,4 +1,4 @@
-"""The gateway: REST, webhooks and server-sent events, as one ASGI application."""
+"""The gateway: REST, webhooks, server-sent events and a dashboard, as one ASGI application."""
 
 from durably_connectors.http.app import create_gateway
 from durably_connectors.http.server import GatewayThread, local_gateway, serve

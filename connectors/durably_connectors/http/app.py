@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from durably_connectors.http import health, hooks, models, problems, runs, streams, webhooks
+from durably_connectors.http import dashboard, health, hooks, models, problems, runs, streams, webhooks
 from durably_connectors.http.gateway import MAX_BODY, RESPONSE_TIMEOUT, Gateway
 from durably_connectors.http.security import BodyLimit, Guard, GuardedRoute, bearer
 
@@ -54,8 +54,9 @@ def create_gateway(
 
     Args:
         client: who talks to the broker; or a URL, ``DURABLY_URL`` by default, for a client of its own.
-        token: what callers of the API send as ``Authorization: Bearer``. None asks for nothing: serve it on a loopback
-            address only, or behind what authenticates. Webhooks and health ask for none.
+        token: what callers of the API send as ``Authorization: Bearer``, and people type into the dashboard. None asks
+            for nothing: serve it on a loopback address only, or behind what authenticates. Webhooks and health ask for
+            none.
         local: without a token, whether callers must have named this machine by a loopback name. A `GatewayThread`
             switches it on.
         public_url: what people reach the gateway by, for the URL of the requests that workflows receive; by default
@@ -98,5 +99,6 @@ def create_gateway(
     for part in (api, webhooks.router, health.router):
         app.include_router(part)
     app.router.routes.append(webhooks.every_method)
+    dashboard.install(app)
     app.openapi = lambda: problems.described(FastAPI.openapi(app))  # type: ignore[method-assign]
     return app

@@ -1,12 +1,15 @@
-"""JSON that comes in: read by one strict parser, whatever the route."""
+"""What comes in, as JSON or as a form: read by one strict parser each, whatever the route."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 from starlette.requests import Request
+
+from durably_connectors.http.problems import Problem
 
 
 def parsed(body: bytes) -> Any:
@@ -22,6 +25,15 @@ def parsed(body: bytes) -> Any:
         return msgspec.json.decode(body)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+async def form(request: Request) -> dict[str, str]:
+    """The fields of an HTML form, the first of each name. Raises `Problem` with 400 where it is none."""
+    try:
+        found = parse_qs((await request.body()).decode(), keep_blank_values=True, max_num_fields=20, errors="strict")
+    except ValueError as e:
+        raise Problem(400, "not-a-form", f"the body is no form: {e}") from None
+    return {name: values[0] for name, values in found.items()}
 
 
 class StrictRequest(Request):

@@ -17,7 +17,7 @@ from durably_schemas.records import RunStatus
 from fastapi import Depends, Request
 from starlette.responses import Response
 
-from durably_connectors.http.projection import Projection, checked_file
+from durably_connectors.http.projection import Projection, by_status, checked_file
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterable
@@ -155,11 +155,11 @@ class Gateway:
     def samples(self) -> Iterable[Sample]:
         """Its metrics: how many runs are listed."""
         try:
-            found = self.projection.by_status()
+            found = by_status(self.projection.counts())
         except (ConfigurationError, sqlite3.Error):
             return
         for status in get_args(RunStatus):
-            yield "durably_runs", (status,), found.get(status, 0)
+            yield "durably_runs", (status,), found[status]
 
     async def close(self) -> None:
         """Lets go of the list, and of the client where it is the gateway's own. A request opens it again."""

@@ -27,6 +27,11 @@ router = APIRouter(tags=["hooks"], route_class=GuardedRoute)
 
 
 async def _token(token: Annotated[str, Path(description="The hook's token, percent-encoded.")]) -> str:
+    return checked_token(token)
+
+
+def checked_token(token: str) -> str:
+    """The same token. Raises `Problem` with 400 where no hook may have it."""
     try:
         token_key(token)
     except ConfigurationError as e:
@@ -64,13 +69,14 @@ async def hooks(
 ) -> Json:
     """Lists open hooks, run by run, those of newer runs first."""
     page = await listed(gateway, RunQuery(workflow=workflow, with_hooks=True), limit, cursor)
-    found = await asyncio.gather(*(_hooks_of(gateway, run) for run in page.runs))
+    found = await asyncio.gather(*(hooks_of(gateway, run) for run in page.runs))
     return Json(
         {"hooks": [_shown(gateway, request, hook) for some in found for hook in some], "next_cursor": page.cursor}
     )
 
 
-async def _hooks_of(gateway: Gateway, run: RunSummary) -> list[HookInfo]:
+async def hooks_of(gateway: Gateway, run: RunSummary) -> list[HookInfo]:
+    """The open hooks of a run that was listed; none where it has gone."""
     try:
         return await run_hooks_async(gateway.connection, run.run_id)
     except RunNotFoundError:  # the list is a moment behind

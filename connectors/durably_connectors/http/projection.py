@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import logging
 import sqlite3
+import sys
 import threading
 from binascii import Error as NotBase64
-from typing import TYPE_CHECKING, Annotated, Any
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 from durably.broker.port import TP, End, Message
@@ -16,7 +18,7 @@ from durably_schemas import CodecError
 from durably_schemas.records import RunStatus, RunSummary
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
     from durably.broker.port import Reader
@@ -29,14 +31,17 @@ _Instant = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # that SQLite can h
 _POLL = 0.5  # seconds; how long stopping may take
 _BATCH = 5_000
 _FIRST_RETRY, _LONGEST_RETRY = 0.5, 10.0
-_SCHEMA = """
+_LAYOUT = 2  # of the tables: a file of another layout is read anew
+_TABLES = ("runs", "attributes", "positions", "origin")
+_SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS runs (
     run_id TEXT PRIMARY KEY, workflow TEXT NOT NULL, status TEXT NOT NULL, created_at INTEGER NOT NULL,
-    hooks INTEGER NOT NULL, summary BLOB NOT NULL
+    started_at INTEGER, completed_at INTEGER, hooks INTEGER NOT NULL, summary BLOB NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS newest ON runs (created_at, run_id);
 CREATE INDEX IF NOT EXISTS newest_of_workflow ON runs (workflow, created_at, run_id);
 CREATE INDEX IF NOT EXISTS newest_of_status ON runs (status, created_at, run_id);
+CREATE INDEX IF NOT EXISTS spans ON runs (workflow, status, created_at, started_at, completed_at);
 CREATE INDEX IF NOT EXISTS waiting ON runs (created_at, run_id) WHERE hooks > 0;
 CREATE TABLE IF NOT EXISTS attributes (
     run_id TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (run_id, name)
@@ -44,18 +49,45 @@ CREATE TABLE IF NOT EXISTS attributes (
 CREATE INDEX IF NOT EXISTS by_attribute ON attributes (name, value, run_id);
 CREATE TABLE IF NOT EXISTS positions (partition INTEGER PRIMARY KEY, next INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS origin (identity TEXT NOT NULL);
+PRAGMA user_version = {_LAYOUT};
 """
 
 
 class RunQuery(msgspec.Struct, frozen=True, kw_only=True):
     """Which runs. ``created_from`` is included, ``created_to`` is not; in milliseconds since the epoch."""
 
+    id_prefix: str = ""
     workflow: str | None = None
     statuses: Collection[RunStatus] = ()
     attributes: Mapping[str, str] = {}
     created_from: int | None = None
     created_to: int | None = None
     with_hooks: bool = False
+
+
+class Count(NamedTuple):
+    """How many runs of a workflow have a status; ``slot``: that were created in this part of the time asked about."""
+
+    workflow: str
+    status: RunStatus
+    slot: int
+    runs: int
+
+
+def by_status(counts: Iterable[Count]) -> Counter[RunStatus]:
+    """How many runs have each status, whatever their workflow."""
+    totals = Counter[RunStatus]()
+    for count in counts:
+        totals[count.status] += count.runs
+    return totals
+
+
+class Took(NamedTuple):
+    """A completed run: when it was created, and the milliseconds that it waited for its start, and ran from there."""
+
+    created_at: int
+    waited: int
+    ran: int
 
 
 class Page(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +120,8 @@ class Projection:
         self._stopping = threading.Event()
         self._caught_up = threading.Event()
         self._thread = threading.Thread(target=self._run, name="durably-projection", daemon=True)
+        self.changes = 0
+        """Counts up whenever something has changed."""
         self.problem: str | None = None
         """Why it does not get on, where it does not."""
 
@@ -130,10 +164,38 @@ class Projection:
         found = [self._connection.codec.decode_as(RunSummary, summary) for (summary,) in rows[:limit]]
         return Page(runs=found, cursor=_cursor(found[-1]) if len(rows) > limit else None)
 
-    def by_status(self) -> dict[str, int]:
-        """How many runs there are of each status. Raises `sqlite3.Error` as `runs` does."""
+    def counts(self, since: int = 0, slot: int = 2**62) -> list[Count]:
+        """How many runs there are of each workflow and status.
+
+        Args:
+            since: only those created at this instant or later, in milliseconds since the epoch.
+            slot: milliseconds of each part of the time since then that is counted by itself, by default all of it.
+
+        Raises:
+            sqlite3.Error: as `runs`.
+        """
+        statement = (
+            "SELECT workflow, status, (created_at - ?) / ? AS slot, COUNT(*) FROM runs WHERE created_at >= ? "
+            "GROUP BY workflow, status, slot"
+        )
         with self._lock:
-            return dict(self._db.execute("SELECT status, count(*) FROM runs GROUP BY status"))
+            rows = self._db.execute(statement, [since, slot, since]).fetchall()
+        return [Count(*row) for row in rows]
+
+    def took(self, workflow: str, since: int, limit: int) -> list[Took]:
+        """How long the completed runs of a workflow took that were created since then: the newest, up to ``limit``.
+
+        Raises:
+            sqlite3.Error: as `runs`.
+        """
+        statement = (
+            "SELECT created_at, started_at - created_at, completed_at - started_at FROM runs WHERE workflow = ? AND "
+            "status = 'completed' AND created_at >= ? AND started_at NOT NULL AND completed_at NOT NULL "
+            "ORDER BY created_at DESC LIMIT ?"
+        )
+        with self._lock:
+            rows = self._db.execute(statement, [workflow, since, limit]).fetchall()
+        return [Took(*row) for row in rows]
 
     def _run(self) -> None:
         delay = _FIRST_RETRY
@@ -170,7 +232,7 @@ class Projection:
         with self._lock, self._db:
             row = self._db.execute("SELECT identity FROM origin").fetchone()
             if row is None or row[0] != identity:
-                for table in ("runs", "attributes", "positions", "origin"):
+                for table in _TABLES:
                     self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - made of constants
                 self._db.execute("INSERT INTO origin VALUES (?)", (identity,))
 
@@ -195,6 +257,7 @@ class Projection:
                 "INSERT OR REPLACE INTO positions VALUES (?, ?)", [(tp.partition, at) for tp, at in moved.items()]
             )
         self._positions |= moved
+        self.changes += bool(latest)
 
     def _put(self, key: bytes, value: bytes | None) -> None:
         run_id = key.decode("utf-8", "replace")
@@ -206,8 +269,9 @@ class Projection:
         if summary is None:
             self._db.execute("DELETE FROM runs WHERE run_id = ?", (run_id,))
             return
-        row = (run_id, summary.workflow, summary.status, summary.created_at, len(summary.hooks), value)
-        self._db.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?)", row)
+        instants = (summary.created_at, summary.started_at, summary.completed_at)
+        row = (run_id, summary.workflow, summary.status, *instants, len(summary.hooks), value)
+        self._db.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
         self._db.executemany(
             "INSERT INTO attributes VALUES (?, ?, ?)",
             [(run_id, name, text) for name, text in summary.attributes.items()],
@@ -232,6 +296,9 @@ def _opened(path: Path | None) -> sqlite3.Connection:
     try:
         db = sqlite3.connect(path, check_same_thread=False)
         try:
+            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if tables == set(_TABLES) and db.execute("PRAGMA user_version").fetchone() != (_LAYOUT,):
+                db.executescript("".join(f"DROP TABLE IF EXISTS {table};" for table in _TABLES))
             db.executescript(_SCHEMA)
             db.executescript("BEGIN IMMEDIATE; ROLLBACK;")  # a file that has the tables may yet be read-only
         except BaseException:
@@ -253,6 +320,8 @@ def _conditions(query: RunQuery) -> tuple[list[str], list[Any]]:
         where.append(condition)
         values.extend(given)
 
+    if query.id_prefix:
+        add("run_id >= ? AND run_id < ?", query.id_prefix, query.id_prefix + chr(sys.maxunicode))
     if query.workflow is not None:
         add("workflow = ?", query.workflow)
     if query.statuses:

@@ -6,7 +6,7 @@ import asyncio
 import sqlite3
 import time
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import quote, unquote
 
 import msgspec
@@ -28,6 +28,13 @@ from durably_connectors.http.gateway import Gateway, GatewayOf, Json
 from durably_connectors.http.problems import Problem
 from durably_connectors.http.projection import Page, RunQuery
 from durably_connectors.http.security import GuardedRoute
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from durably_connectors.http.projection import Projection
+
+T = TypeVar("T")
 
 LONGEST_WAIT = 300.0
 """Seconds that one request for a result may wait."""
@@ -120,7 +127,7 @@ async def runs(
     wanted = RunQuery(
         workflow=workflow,
         statuses=status,
-        attributes=dict(_pair(text) for text in attribute),
+        attributes=dict(pair(text) for text in attribute),
         created_from=_milliseconds(created_from),
         created_to=_milliseconds(created_to),
     )
@@ -128,7 +135,7 @@ async def runs(
     return Json({"runs": page.runs, "next_cursor": page.cursor})
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
     """The first = ends the name; one within it is percent-encoded, once more than the query as a whole is."""
     name, _, value = text.partition("=")
     return unquote(name), value
@@ -144,7 +151,19 @@ async def listed(gateway: Gateway, wanted: RunQuery, limit: int, cursor: str | N
     """A page of the list of runs.
 
     Raises:
-        Problem: with 503 while the list is not complete or cannot be read, with 400 for a bad cursor.
+        Problem: as `asked_list`, with 400 for a bad cursor.
+    """
+    try:
+        return await asked_list(gateway, lambda projection: projection.runs(wanted, limit, cursor))
+    except ValueError as e:
+        raise Problem(400, "bad-cursor", str(e)) from None
+
+
+async def asked_list(gateway: Gateway, question: Callable[[Projection], T]) -> T:
+    """What the list of runs answers, when it is complete; asked on a thread.
+
+    Raises:
+        Problem: with 503 while the list is not complete or cannot be read.
     """
     try:
         projection = gateway.projection
@@ -158,11 +177,9 @@ async def listed(gateway: Gateway, wanted: RunQuery, limit: int, cursor: str | N
         why = projection.problem or "it is still being read"
         raise Problem(503, "not-ready", f"the list of runs is not complete: {why}", {"Retry-After": "5"})
     try:
-        return await asyncio.to_thread(projection.runs, wanted, limit, cursor)
+        return await asyncio.to_thread(question, projection)
     except sqlite3.Error as e:
         raise Problem(503, "unavailable", f"the list of runs cannot be read: {e}", {"Retry-After": "5"}) from None
-    except ValueError as e:
-        raise Problem(400, "bad-cursor", str(e)) from None
 
 
 @router.get("/{run_id:path}/events", response_model=models.Events)

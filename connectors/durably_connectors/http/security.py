@@ -61,11 +61,24 @@ class Guard:
         self._token = token
         self.local = local
 
+    @property
+    def asks(self) -> bool:
+        """Whether callers must have a token."""
+        return self._token is not None
+
+    def knows(self, token: str) -> bool:
+        """Whether this is the token."""
+        return self._token is not None and hmac.compare_digest(token.strip().encode(), self._token.encode())
+
+    def sign(self, text: str) -> str:
+        """A signature that only who has the token can make, and that does not tell it; empty where there is none."""
+        return "" if self._token is None else hmac.new(self._token.encode(), text.encode(), "sha256").hexdigest()
+
     def check(self, request: Request) -> None:
         """Looks at the head of a request alone. Raises `Problem` with 401 or 403."""
         if self._token is not None:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token.encode()):
+            if scheme.lower() != "bearer" or not self.knows(given):
                 raise Problem(
                     401,
                     "unauthorized",
@@ -78,7 +91,7 @@ class Guard:
             raise Problem(403, "forbidden", f"this gateway serves its own machine only, and was called as {host!r}")
         # A page of another site may send simple requests without asking first; it cannot hide where it is from.
         origin = request.headers.get("origin")
-        if origin is not None and _netloc(origin) != host:
+        if origin is not None and netloc(origin) != host:
             raise Problem(403, "forbidden", f"a page of {origin} may not use this gateway without its token")
 
 
@@ -89,7 +102,8 @@ def _hostname(host: str) -> str:
         return ""
 
 
-def _netloc(origin: str) -> str:
+def netloc(origin: str) -> str:
+    """Host and port of an origin; empty where it has none."""
     try:
         return urlsplit(origin).netloc
     except ValueError:

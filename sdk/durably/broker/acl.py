@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Operation = Literal["Alter", "Create", "Delete", "Describe", "DescribeConfigs", "Read", "Write"]
 Resource = Literal["topic", "group", "transactional-id", "cluster"]
 Role = Literal["admin", "processor", "worker", "client", "gateway", "reader", "producer"]
-Option = Literal["starts-runs", "reads-streams", "feeds-streams", "answers-webhooks", "retention"]
+Option = Literal["starts-runs", "reads-streams", "feeds-streams", "answers-webhooks", "retention", "replays"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 OPTIONS: dict[Option, tuple[Role, ...]] = {
@@ -32,6 +32,7 @@ OPTIONS: dict[Option, tuple[Role, ...]] = {
     "answers-webhooks": ("worker",),
     "feeds-streams": ("client",),
     "retention": ("processor",),
+    "replays": ("gateway",),
 }
 """What a role may do beyond what all of its kind do, and which role has the choice."""
 
@@ -149,6 +150,10 @@ def _needs(role: Role, c: Catalogue, queues: tuple[str, ...], options: Collectio
         case "gateway":
             yield from _client(c)
             yield _write(c.streams, "the bodies of webhooks that are too large for a record")
+            yield from _dashboard(c)
+            if "replays" in options:
+                yield _write(c.results, "dead letters that are sent again")
+                yield ("Write", "topic", _requests(c), True, "the same")
         case "reader":
             yield _read(c.streams, "the chunks")
             yield ("Read", "group", f"{c.namespace}.reader.", True, "consumer groups of its own")
@@ -209,6 +214,14 @@ def _client(c: Catalogue) -> Iterator[_Need]:
     yield _read(c.streams, "reading streams")
     yield _read(c.runs, "listing runs, and the end of those whose streams are read")
     yield _read(c.events, "following a log as it grows")
+
+
+def _dashboard(c: Catalogue) -> Iterator[_Need]:
+    yield _read(c.dead_letters, "showing them")
+    for topic, prefixed in ((c.results, False), (c.signals, False), (_requests(c), True)):
+        yield ("Describe", "topic", topic, prefixed, "showing how far behind its readers are")
+    for group, prefixed in ((f"{c.namespace}.processor", False), (f"{c.namespace}.worker.", True)):
+        yield ("Describe", "group", group, prefixed, "the same, and who they are")
 
 
 def _requests(c: Catalogue) -> str:

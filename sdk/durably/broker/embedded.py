@@ -85,7 +85,7 @@ class _Owned:
         self.log = Log(folder)
         self.coordinator = Coordinator()
         try:
-            self.server = Server(self.log)
+            self.server = Server(self.log, self.coordinator)
         except BaseException:
             self.log.close()
             raise

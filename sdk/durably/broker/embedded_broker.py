@@ -14,7 +14,7 @@ from durably_schemas.catalogue import murmur2
 from durably.broker.embedded_cursor import Reading
 from durably.broker.embedded_group import Member, Membership
 from durably.broker.embedded_log import identity_of
-from durably.broker.port import TP, Committed
+from durably.broker.port import TP, Committed, GroupState
 from durably.errors import BrokerError, Fenced, RecordTooLarge
 
 if TYPE_CHECKING:
@@ -41,6 +41,12 @@ def check_size(key: bytes | None, value: bytes | None, headers: Headers) -> None
         size += sum(len(name) + len(data) for name, data in headers)
     if size > MAX_RECORD_BYTES:
         raise RecordTooLarge.of("a record", size, MAX_RECORD_BYTES)
+
+
+def state_of(log: Log, coordinator: Coordinator, group: str, tps: Iterable[TP]) -> GroupState:
+    """As `Broker.group_state`; to be called with the log's lock held."""
+    found = {tp: log.committed(group, tp).offset for tp in tps}
+    return GroupState(coordinator.members(group), {tp: offset for tp, offset in found.items() if offset >= 0})
 
 
 def _place(log: Log, topic: str, partition: int | None, key: bytes | None) -> Partition:
@@ -445,6 +451,11 @@ class EmbeddedBroker:
         """As `Broker.group_metadata_of`."""
         with self._log.lock:
             return {tp: self._log.committed(group, tp).metadata for tp in tps}
+
+    def group_state(self, group: str, tps: Iterable[TP], timeout: float = 10) -> GroupState:  # noqa: ARG002
+        """As `Broker.group_state`."""
+        with self._log.lock:
+            return state_of(self._log, self._coordinator, group, tps)
 
     def describe(self, names: Iterable[str], timeout: float = 30) -> dict[str, TopicState]:  # noqa: ARG002
         """As `Broker.describe`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
+from durably.broker.port import TP, GroupMember
 from durably.errors import Fenced
 
 if TYPE_CHECKING:
@@ -61,6 +63,16 @@ class Coordinator:
     def group(self, name: str, topic: str, numbers: int) -> Group:
         """The members of group ``name`` that consume ``topic``, which has ``numbers`` partitions."""
         return self._groups.setdefault((name, topic), Group(name, numbers))
+
+    def members(self, name: str) -> list[GroupMember]:
+        """Who is in group ``name``, as others see it. All of them live in this process."""
+        host = f"process {os.getpid()}"
+        return [
+            GroupMember(f"member {member.id}", host, [TP(topic, number) for number in sorted(member.owned)])
+            for (group, topic), found in self._groups.items()
+            if group == name
+            for member in found.members.values()
+        ]
 
 
 class Group:

@@ -11,7 +11,7 @@ import durably.errors
 from durably.broker.embedded_broker import MAX_RECORD_BYTES, check_size
 from durably.broker.embedded_channel import Channel, connect
 from durably.broker.embedded_log import identity_of
-from durably.broker.port import TP, End, Message, TopicState
+from durably.broker.port import TP, End, GroupMember, GroupState, Message, TopicState
 from durably.errors import BrokerError, BrokerUnreachable, ConfigurationError, UnknownTopic
 
 if TYPE_CHECKING:
@@ -243,6 +243,14 @@ class RemoteBroker:
         """As `Broker.group_metadata_of`."""
         asked = list(tps)
         return dict(zip(asked, self._ask("group_metadata_of", asked, group), strict=True))
+
+    def group_state(self, group: str, tps: Iterable[TP], timeout: float = 10) -> GroupState:  # noqa: ARG002
+        """As `Broker.group_state`."""
+        members, offsets = self._ask("group_state", list(tps), group)
+        return GroupState(
+            [GroupMember(client, host, [TP(*tp) for tp in owned]) for client, host, owned in members],
+            {TP(*tp): offset for tp, offset in offsets},
+        )
 
     def describe(self, names: Iterable[str], timeout: float = 30) -> dict[str, TopicState]:  # noqa: ARG002
         """As `Broker.describe`."""

@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from durably_schemas.catalogue import Topic
 
-from durably.broker.embedded_broker import EmbeddedProducer, EmbeddedReader
+from durably.broker.embedded_broker import EmbeddedProducer, EmbeddedReader, state_of
 from durably.broker.embedded_channel import SOCKET, Channel, address
 from durably.broker.port import TP
 from durably.errors import BrokerError
 
 if TYPE_CHECKING:
+    from durably.broker.embedded_group import Coordinator
     from durably.broker.embedded_log import Log
 
 
 class Server:
     """Serves a log on the socket in its folder, readable by its owner only. One thread a connection."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, coordinator: Coordinator) -> None:
         self._log = log
+        self._coordinator = coordinator
         self._lock = threading.Lock()
         self._sessions: set[_Session] = set()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -50,7 +52,7 @@ class Server:
                     return
                 time.sleep(0.05)  # out of descriptors, for instance
                 continue
-            session = _Session(self._log, Channel(peer))
+            session = _Session(self._log, self._coordinator, Channel(peer))
             with self._lock:
                 self._sessions.add(session)
             session.thread = threading.Thread(
@@ -92,8 +94,9 @@ class _Session:
 
     thread: threading.Thread
 
-    def __init__(self, log: Log, channel: Channel) -> None:
+    def __init__(self, log: Log, coordinator: Coordinator, channel: Channel) -> None:
         self._log = log
+        self._coordinator = coordinator
         self._channel = channel
         self._producer = EmbeddedProducer(log, _nothing)
         self._reader = EmbeddedReader(log, {}, _nothing)
@@ -154,6 +157,10 @@ class _Session:
             case "group_metadata_of", [tps, group]:
                 with log.lock:
                     return [log.committed(group, TP(*tp)).metadata for tp in tps]
+            case "group_state", [tps, group]:
+                with log.lock:
+                    members, offsets = state_of(log, self._coordinator, group, [TP(*tp) for tp in tps])
+                return members, list(offsets.items())
             case "create", [topics]:
                 log.create(msgspec.convert(topics, list[Topic]))
                 return None

@@ -4,8 +4,10 @@
 # ruff: noqa: SLF001
 from __future__ import annotations
 
+import io
 import threading
 import time
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,7 +35,7 @@ from msgspec.structs import replace
 from durably.broker.acl import Acl, denied
 from durably.broker.kafka_properties import KafkaProperties, log
 from durably.broker.kafka_statistics import Statistics
-from durably.broker.port import TP, Committed, End, Message, TopicState
+from durably.broker.port import TP, Committed, End, GroupMember, GroupState, Message, TopicState
 from durably.errors import (
     AccessDenied,
     BrokerError,
@@ -496,6 +498,23 @@ def _committed(
     return answer
 
 
+def _assigned(assignment: bytes) -> list[TP]:
+    """The partitions in a member's assignment: version, then topics, each with its numbers (ConsumerProtocolAssignment)."""
+    found: list[TP] = []
+    if not assignment:  # a group that is rebalancing
+        return found
+    data = io.BytesIO(assignment)
+
+    def number(size: int) -> int:
+        return int.from_bytes(data.read(size), "big", signed=True)
+
+    number(2)
+    for _ in range(number(4)):
+        topic = data.read(number(2)).decode()
+        found += [TP(topic, number(4)) for _ in range(number(4))]
+    return found
+
+
 class KafkaConsumer(_Reading):
     """A member of a group."""
 
@@ -789,14 +808,33 @@ class KafkaBroker:
 
     def group_metadata_of(self, group: str, tps: Iterable[TP], timeout: float = 30) -> dict[TP, str]:
         """See `Broker.group_metadata_of`."""
+        return {tp: committed.metadata for tp, committed in self._group_offsets(group, tps, timeout).items()}
+
+    def _group_offsets(self, group: str, tps: Iterable[TP], timeout: float) -> dict[TP, Committed]:
         # Not by the admin client: when its request to a coordinator times out, it never recovers, and the answer that
         # comes late ends the process (an assertion in rdkafka_queue.h). A consumer that does not join asks as well.
         asking = self.handle(ck.Consumer, self.properties.reader(committed=False, group=group))
         try:
-            found = _committed(asking, tps, timeout, self.errors, f"reading the offsets of group {group!r}", group)
+            return _committed(asking, tps, timeout, self.errors, f"reading the offsets of group {group!r}", group)
         finally:
             asking.close()
-        return {tp: committed.metadata for tp, committed in found.items()}
+
+    def group_state(self, group: str, tps: Iterable[TP], timeout: float = 10) -> GroupState:
+        """See `Broker.group_state`. A group of the protocol of KIP-848 tells its offsets, and not its members."""
+        offsets = self._group_offsets(group, tps, timeout)
+        try:
+            with warnings.catch_warnings():
+                # It is deprecated for a call that asks the coordinator by the admin client: see above.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                groups: Any = self._admin.list_groups(group, timeout)
+        except KafkaException as error:
+            raise self.errors.raised(error, f"asking for the members of group {group!r}", "Describe", group) from error
+        members = [
+            GroupMember(member.client_id, member.client_host.lstrip("/"), _assigned(member.assignment))
+            for found in groups
+            for member in found.members
+        ]
+        return GroupState(members, {tp: at.offset for tp, at in offsets.items() if at.offset >= 0})
 
     def _count(self, names: Sequence[str], timeout: float) -> dict[str, int]:
         futures = self._admin.describe_topics(

@@ -53,6 +53,24 @@ class Committed(NamedTuple):
     metadata: str
 
 
+class GroupMember(NamedTuple):
+    """Who consumes in a group: what it calls itself, where it runs, and the partitions that it has."""
+
+    client: str
+    host: str
+    partitions: Sequence[TP]
+
+
+class GroupState(NamedTuple):
+    """A group as it is, for who looks on: its members, and the next offset that it will read of each partition.
+
+    A partition for which nothing is committed has none.
+    """
+
+    members: Sequence[GroupMember]
+    offsets: Mapping[TP, int]
+
+
 class TopicState(NamedTuple):
     """A topic as it is."""
 
@@ -232,6 +250,9 @@ class Broker(Protocol):
 
     def group_metadata_of(self, group: str, tps: Iterable[TP], timeout: float = 30) -> dict[TP, str]:
         """The text stored with a group's offsets, as of the last transaction that ended: open ones are not waited for."""
+
+    def group_state(self, group: str, tps: Iterable[TP], timeout: float = 10) -> GroupState:
+        """The members of a group, and its offsets of these partitions; without any where there is no such group."""
 
     def describe(self, names: Iterable[str], timeout: float = 30) -> dict[str, TopicState]:
         """The topics that exist, of those named."""

@@ -37,6 +37,9 @@ def acls(
         bool, typer.Option("--feeds-streams", help="Client: it passes iterators as arguments.")
     ] = False,
     retention: Annotated[bool, typer.Option("--retention", help="Processor: it runs with --retention.")] = False,
+    replays: Annotated[
+        bool, typer.Option("--replays", help="Gateway: its dashboard sends dead letters again.")
+    ] = False,
     apply: Annotated[bool, typer.Option("--apply", help="Add them; this needs Alter on the cluster.")] = False,
     format: Annotated[  # noqa: A002 - named as the option
         Literal["kafka-acls", "json"], typer.Option(help="Commands of Kafka's own, or one JSON object on each line.")
@@ -58,6 +61,7 @@ def acls(
         "answers-webhooks": answers_webhooks,
         "feeds-streams": feeds_streams,
         "retention": retention,
+        "replays": replays,
     }
     options = [option for option, chosen in wanted.items() if chosen]
     needed = required_acls(role, settings.catalogue, principal, queues=served(queues, build), options=options)

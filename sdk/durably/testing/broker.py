@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from durably_schemas.catalogue import partition_for
 
-from durably.broker.port import TP, Committed, End, Message, TopicState
+from durably.broker.port import TP, Committed, End, GroupMember, GroupState, Message, TopicState
 from durably.errors import RecordTooLarge, UnknownTopic
 
 if TYPE_CHECKING:
@@ -156,6 +156,13 @@ class MemoryBroker:
         """The text stored with a group's offsets."""
         committed = self.groups[group].committed
         return {tp: committed[tp].metadata for tp in tps if tp in committed}
+
+    def group_state(self, group: str, tps: Iterable[TP], timeout: float = 10) -> GroupState:  # noqa: ARG002
+        """A group's members, and its offsets of these partitions."""
+        with self.arrived:
+            found = self.groups[group]
+            members = [GroupMember(f"member-{n}", "", list(m.positions)) for n, m in enumerate(found.members)]
+            return GroupState(members, {tp: found.committed[tp].offset for tp in tps if tp in found.committed})
 
     def describe(self, names: Iterable[str], timeout: float = 30) -> dict[str, TopicState]:  # noqa: ARG002
         """The topics that exist, of those named."""

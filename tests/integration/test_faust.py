@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import checker
 import pytest
+from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
+from confluent_kafka.admin import AdminClient
+from durably.broker.port import TP, Message
 from durably_schemas.catalogue import Topic
 from durably_schemas.records import DeadLetter, Event, StartRun
 from harness import until
 from installation import Installation
+from kafka_cluster import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +34,7 @@ class Shop(Installation):
 
     def __init__(self, kafka: str, namespace: str, folder: Path) -> None:
         super().__init__(kafka, namespace, folder, MODULE, environment={"DURABLY_CONNECTORS_PORT": "0"})
-        for name in ("orders", "sales", "payments"):
+        for name in ("orders", "sales", "payments", "parcels", "packed", "trouble"):
             self.broker.create(
                 [Topic(name=f"{namespace}-{name}", partitions=PARTITIONS, config={}, key="", written_by="", records=())]
             )
@@ -40,6 +46,28 @@ class Shop(Installation):
             data = value if isinstance(value, bytes) else json.dumps(value).encode()
             self._producer.send(f"{self.namespace}-{topic}", data, key=key, partition=n % PARTITIONS)
         assert self._producer.flush(30) == 0
+
+    def values(self, topic: str) -> list[tuple[str, object]]:
+        """Key and value of each message."""
+        topic = f"{self.namespace}-{topic}"
+        tps = [TP(topic, p) for p in range(PARTITIONS)]
+        reader, found, ended = self.broker.reader(dict.fromkeys(tps, 0)), [], set()
+        while len(ended) < PARTITIONS:
+            for item in reader.poll(1.0):
+                if isinstance(item, Message):
+                    found.append((item.key.decode(), json.loads(item.value)))
+                else:
+                    ended.add(item.partition)
+        reader.close()
+        return found
+
+    def rewind(self, topics: list[str]) -> None:
+        """Has the connectors, which do not run just now, read these topics again from their beginning."""
+        admin = AdminClient({"bootstrap.servers": self.url.removeprefix("kafka://")})
+        group = f"{self.namespace}.connectors.faust_shop"
+        start = [TopicPartition(topic, p, 0) for topic in topics for p in range(self.broker.partitions(topic))]
+        for future in admin.alter_consumer_group_offsets([ConsumerGroupTopicPartitions(group, start)]).values():
+            future.result(30)
 
     def read(self, topic: str, record: type) -> list:
         """What is on a topic of durably, of one type."""
@@ -85,11 +113,9 @@ def test_every_message_starts_one_run_through_kills_and_rebalances(shop):
     assert set(created.values()) == {1}
     results = sorted(shop.client.get_run(run_id).result(60) for run_id in created)
     assert results == list(numbers)
-    letters = shop.read(shop.catalogue.dead_letters, DeadLetter)
-    assert {(x.topic, x.partition, x.offset) for x in letters} >= {(x.topic, x.partition, x.offset) for x in letters}
-    assert Counter(value for _, value in {(x.offset * PARTITIONS + x.partition, x.value) for x in letters}) == Counter(
-        poison * 2
-    )
+    letters = {(x.partition, x.offset): x for x in shop.read(shop.catalogue.dead_letters, DeadLetter)}
+    assert Counter(x.value for x in letters.values()) == Counter(poison * 2)
+    assert {x.topic for x in letters.values()} == {f"{shop.namespace}-orders"}
 
 
 def test_a_payment_resumes_the_run_that_waits_for_it_or_will_once(shop):
@@ -106,3 +132,56 @@ def test_a_payment_resumes_the_run_that_waits_for_it_or_will_once(shop):
     (letter,) = until(lambda: shop.read(shop.catalogue.dead_letters, DeadLetter))
     assert letter.value == b'{"number": 404}'
     assert "HookNotFoundError" in letter.reason
+
+
+def test_outcomes_events_and_counts_are_the_same_when_everything_is_delivered_again(shop, tmp_path):
+    table, port = tmp_path / "outcomes.db", free_port()
+    environment = {"TABLE": f"sqlite:///{table}", "DURABLY_CONNECTORS_PORT": str(port)}
+    shop.start("processor", "p")
+    shop.start("worker", "w")
+    connectors = shop.start("connectors", "c", environment=environment)
+    numbers = range(40)
+    shop.put("parcels", *({"number": n} for n in numbers))
+
+    def rows() -> list:
+        with sqlite3.connect(table) as connection:
+            if not connection.execute("select 1 from sqlite_master where name = 'outcomes'").fetchall():
+                return []
+            return connection.execute("select run_id, seq, kind, value from outcomes").fetchall()
+
+    def counted() -> list:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/monitor/", timeout=10) as answer:
+            return json.load(answer)["totals"]
+
+    def settled() -> bool:
+        return len(rows()) == len(numbers) and sum(x["completed"] + x["failed"] for x in counted()) == 2 * len(numbers)
+
+    until(settled, 60)
+    until(lambda: len(dict(shop.values("packed"))) == len(numbers), 30)
+    totals, stored = counted(), sorted(rows())
+    runs, steps = totals
+    assert runs["workflow"] == steps["workflow"] == "faust_parcel"
+    assert (runs["started"], runs["completed"], runs["failed"]) == (40, 36, 4)
+    assert (steps["step"], steps["started"], steps["completed"], steps["failed"]) == ("faust_pack", 40, 36, 4)
+    assert 0 < steps["p50"] <= steps["p99"]
+    assert sorted(json.loads(value) for *_, value in stored if value != "null") == sorted(
+        f"parcel {n}" for n in numbers if n % 10 != 3
+    )
+    assert dict(shop.values("packed"))["parcel-3"] == {"run": "parcel-3", "parcel": None, "why": "3 does not fit"}
+    assert {value for _, value in shop.values("trouble")} == {f"{n} does not fit" for n in (3, 13, 23, 33)}
+
+    connectors.terminate()
+    assert connectors.wait(20) == 0
+    before = len(shop.values("packed"))
+    shop.rewind([shop.catalogue.events, shop.catalogue.runs, f"{shop.namespace}-parcels"])
+    shop.start("connectors", "c", environment=environment)
+    until(lambda: len(shop.values("packed")) >= before + len(numbers), 60)  # the topic has all of them once more
+    shop.put("parcels", {"number": 100})
+    until(lambda: "parcel-100" in dict(shop.values("packed")), 30)
+    until(lambda: counted() and counted()[0]["completed"] == 37, 30)
+    assert counted()[0]["started"] == 41
+    assert [x for x in sorted(rows()) if x[0] != "parcel-100"] == stored
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics/", timeout=10) as answer:
+        metrics = answer.read().decode().splitlines()
+    assert 'durably_runs_failed_total{workflow="faust_parcel"} 4' in metrics
+    assert 'durably_steps_seconds_count{workflow="faust_parcel",step="faust_pack"} 41' in metrics

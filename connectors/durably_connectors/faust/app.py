@@ -130,8 +130,6 @@ class App(faust.App):
 
     def table_of(self, name: str, *, partitions: int) -> Any:
         """A Faust table, with its changelog among the topics to be made."""
-        table = self.Table(name, partitions=partitions, key_type=bytes, value_type=bytes, key_serializer="raw",
-                           value_serializer="raw")  # fmt: skip
         self._owned_topics.append(
             Topic(
                 name=f"{self.conf.id}-{name}-changelog",
@@ -142,7 +140,7 @@ class App(faust.App):
                 records=(),
             )
         )
-        return table
+        return self.Table(name, partitions=partitions, key_type=bytes, value_type=bytes)
 
     def attach(self, connectors: Iterable[Connector]) -> None:
         """Adds connectors. Raises `ConfigurationError` where topics are missing that they read or write."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ def run_connectors(
         DurablyError: the app crashed; what was in the works is delivered again to the next one.
     """
     payload_codec.installed()  # a wrong setting should end the process, and not every message
+    # What the module makes by itself, an App or a client, is to be on the same installation.
+    os.environ |= {"DURABLY_URL": settings.url, "DURABLY_NAMESPACE": settings.namespace}
     loaded = load_module(module)
     app = _own(loaded) or App(name or Path(module).stem.rpartition(".")[2], settings)
     connectors = declared.all()

@@ -117,7 +117,8 @@ def count(rows: Rows, partition: int, offset: int, event: Event) -> None:
     table = _Table(rows, partition, offset, event.at, run.workflow)
     over = _apply(table, run, event)
     if over:
-        rows.pop(name, None)
+        if name in rows:
+            del rows[name]
     elif run.offset <= offset:
         run.offset = offset
         rows[name] = _key_encoder.encode(run)

@@ -41,11 +41,22 @@ class Shop(Installation):
         self._producer = self.broker.producer()
 
     def put(self, topic: str, *values: object, key: bytes | None = None) -> None:
-        """Messages, round and round the partitions."""
+        """Messages, round and round the partitions, or where their key belongs."""
         for n, value in enumerate(values):
             data = value if isinstance(value, bytes) else json.dumps(value).encode()
-            self._producer.send(f"{self.namespace}-{topic}", data, key=key, partition=n % PARTITIONS)
+            self._producer.send(f"{self.namespace}-{topic}", data, key=key, partition=None if key else n % PARTITIONS)
         assert self._producer.flush(30) == 0
+
+    def put_in_transactions(self, topic: str, *values: object) -> None:
+        """One message a transaction; each second transaction is aborted. Both leave gaps in the offsets."""
+        for n, value in enumerate(values):
+            transactions = self.broker.transactions(f"{self.namespace}-user-{n % 2}")
+            transactions.init(30)
+            transactions.begin()
+            transactions.send(f"{self.namespace}-{topic}", json.dumps(value).encode(), partition=n % PARTITIONS)
+            if n % 2 == 0:
+                transactions.commit({}, None, 30)
+            transactions.close()
 
     def values(self, topic: str) -> list[tuple[str, object]]:
         """Key and value of each message."""
@@ -102,7 +113,10 @@ def test_every_message_starts_one_run_through_kills_and_rebalances(shop):
     until(lambda: len({r.run_id for r in shop.read(shop.catalogue.commands, StartRun)}) >= 150, 60)
     second.kill()
     second.wait(10)
-    shop.put("orders", *({"number": n} for n in numbers[200:]), {"number": -1})
+    shop.put_in_transactions("orders", *({"number": n if n % 2 == 0 else 1000 + n} for n in range(200, 206)))
+    shop.put(
+        "orders", *({"number": n} for n in numbers[206:]), *({"number": n} for n in (201, 203, 205)), {"number": -1}
+    )
     until(lambda: len(shop.created()) >= len(numbers), 60)
     assert third.poll() is None
     third.terminate()

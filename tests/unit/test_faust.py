@@ -32,13 +32,14 @@ from durably_connectors.faust import (
     sink,
     sql,
     tally,
+    transport,
     trigger,
     triggers,
     values,
 )
 from durably_connectors.faust.credentials import credentials
 from durably_connectors.faust.delivery import Delivery
-from durably_connectors.faust.intake import Intake, Later, handled
+from durably_connectors.faust.intake import Intake, Later, tried
 from durably_connectors.faust.transport import Ledger
 from durably_schemas import Catalogue, Codec
 from durably_schemas import events as ev
@@ -114,6 +115,80 @@ def test_nothing_is_committed_beyond_a_record_that_is_not_done(gaps, choices):
             undone.append(offset)
         if given_out:
             assert ledger.committable(PARTITION) == (min(undone) if undone else given_out[-1] + 1)
+
+
+class Faked(transport.Consumer):
+    """A consumer without Kafka: the records of one partition, whose committed offset is given."""
+
+    def __init__(self, committed):
+        self.app = SimpleNamespace(topics=SimpleNamespace(acks_enabled_for=lambda topic: topic == PARTITION.topic))
+        self.given_out: list[SimpleNamespace] = []
+        self.sought: list[TP] = []
+        self._at = committed
+        self._ledger, self._unacked_messages, self._n_acked = Ledger(), set(), 0
+        self._read_offset, self._committed_offset = {PARTITION: committed}, {PARTITION: committed}
+        self._thread = SimpleNamespace(seek_to_beginning=self._begin)
+
+    async def _deliver(self, message):
+        self.given_out.append(message)
+
+    async def _begin(self, *tps):
+        self.sought += tps
+
+    async def seek_to_committed(self):
+        return {PARTITION: self._at}
+
+    async def read(self, *offsets):
+        """Hands records out as Faust does: told of each gap first."""
+        last = None
+        for offset in offsets:
+            if last is not None and offset - last > 1:
+                await self._add_gap(PARTITION, last + 1, offset)
+            await self._hand_out(Named(topic=PARTITION.topic, tp=PARTITION, offset=offset, acked=False))
+            last = offset
+
+    def done(self, *offsets):
+        for message in self.given_out:
+            if message.offset in offsets:
+                assert self.ack(message)
+                assert not self.ack(message)
+
+
+class Named(SimpleNamespace):
+    """A message; one is not another."""
+
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize(
+    ("committed", "read", "done", "commits"),
+    [
+        (31, [31, 32], [32], 31),  # Faust itself commits 33 here,
+        (None, [0, 1, 5], [1, 5], 0),  # 6,
+        (None, [0, 2, 3], [0, 3], 2),  # and 4: the record behind a transaction's marker is lost in a crash
+        (None, [0, 2, 3], [0, 2, 3], 4),
+    ],
+)
+def test_a_consumer_commits_no_hole(committed, read, done, commits):
+    consumer = Faked(committed)
+    asyncio.run(consumer.read(*read))
+    consumer.done(*done)
+    assert list(consumer._filter_tps_with_pending_acks()) == [PARTITION]
+    assert consumer._new_offset(PARTITION) == commits
+
+
+@pytest.mark.parametrize(("committed", "begins"), [(None, [PARTITION]), (0, [PARTITION]), (4, [])])
+def test_a_partition_without_a_committed_offset_is_read_from_its_beginning_again(committed, begins):
+    consumer = Faked(committed)
+
+    async def scenario():
+        await consumer.read(4, 5)
+        await consumer.perform_seek()
+
+    asyncio.run(scenario())
+    assert consumer.sought == begins
+    assert consumer._read_offset[PARTITION] == consumer._committed_offset[PARTITION] == (committed or None)
+    assert consumer._new_offset(PARTITION) is None
 
 
 def test_what_is_acknowledged_after_a_rebalance_commits_nothing():
@@ -275,7 +350,7 @@ def test_a_message_that_is_too_large_for_a_dead_letter_leaves_one_that_says_wher
         out = Delivery(broker, CATALOGUE)
         with pytest.raises(RecordTooLarge):
             await out.send(CATALOGUE.commands, b"x" * 2_000)
-        await out.dead_letter(message(offset=9), b"x" * 2_000, "too large", "t")
+        await out.dead_letter(message(b"x" * 2_000, offset=9), "too large", "t")
         await out.close()
 
     asyncio.run(scenario())
@@ -426,7 +501,7 @@ def handled_by(fresh, broker, found, client=None):
     async def scenario():
         out = Delivery(broker, CATALOGUE)
         only._app = SimpleNamespace(delivery=out, client=client)
-        await handled(only, found, out)
+        await tried(lambda: only.handle(found), found, out, only.name)
         await out.close()
 
     asyncio.run(scenario())

@@ -2,6 +2,7 @@
 
 from durably_connectors.faust.app import App
 from durably_connectors.faust.declared import IGNORE
+from durably_connectors.faust.intake import Later
 from durably_connectors.faust.message import Message
 from durably_connectors.faust.monitors import monitor
 from durably_connectors.faust.sinks import Destination, KafkaTopic, Outcome, Row, sink
@@ -13,6 +14,7 @@ __all__ = [
     "App",
     "Destination",
     "KafkaTopic",
+    "Later",
     "Message",
     "Outcome",
     "Row",

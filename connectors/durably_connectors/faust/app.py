@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import faust
@@ -15,15 +16,20 @@ from durably_schemas.records import Event, Record, RunSummary, StreamChunk
 from durably_connectors.faust.channels import RecordTopic
 from durably_connectors.faust.credentials import credentials
 from durably_connectors.faust.delivery import Delivery
-from durably_connectors.faust.intake import Handler, Intake
+from durably_connectors.faust.intake import Handler, Intake, tried
+from durably_connectors.faust.message import message_of
 from durably_connectors.faust.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from durably.broker.port import Broker
+    from faust.streams import Stream
+    from faust.types import EventT
 
     from durably_connectors.faust.declared import Connector
+
+OnEvent = Callable[["EventT[Any]"], Awaitable[None]]
 
 KAFKA = "kafka://"
 PORT = 8234
@@ -128,8 +134,40 @@ class App(faust.App):
 
         self.agent(self.raw(topic), name=handler.name)(take)
 
-    def table_of(self, name: str, *, partitions: int) -> Any:
-        """A Faust table, with its changelog among the topics to be made."""
+    def each(self, topic: Any) -> Callable[[OnEvent], OnEvent]:
+        """Has a function called with each event of a topic, one after the other; it may change tables.
+
+        An event is acknowledged when the function has returned. One for which it raises goes to the dead letters, but
+        for `Later`, which means: again in a while. (Faust acknowledges an event whose agent has raised, and it is gone.)
+
+        Args:
+            topic: one of durably's, such as `events`, or any topic of Faust's.
+        """
+
+        def declare(fn: OnEvent) -> OnEvent:
+            name = f"{fn.__module__}.{fn.__qualname__}"
+
+            async def take(stream: Stream[Any]) -> None:
+                async for event in stream.noack().events():
+                    await tried(lambda event=event: fn(event), message_of(event), self.delivery, name)
+                    event.ack()
+
+            self.agent(topic, name=name)(take)
+            return fn
+
+        return declare
+
+    def table_of(self, name: str) -> Any:
+        """A Faust table of bytes by bytes, for agents whose topics have as many partitions as durably's.
+
+        Its changelog is made when the app starts, and replicated as the brokers do by default.
+
+        Raises:
+            ConfigurationError: durably's topics are missing.
+        """
+        partitions = self.installation.partitions(self.catalogue.events)
+        if not partitions:
+            raise ConfigurationError(f"{self.settings.url} lacks {self.catalogue.events}: run `durably topics create`")
         self._owned_topics.append(
             Topic(
                 name=f"{self.conf.id}-{name}-changelog",

@@ -45,9 +45,7 @@ class RecordTopic(Topic):
                 topic=message.topic, partition=message.partition, offset=message.offset,
                 timestamp=round((message.timestamp or 0) * 1000), key=message.key, value=message.value, headers={},
             )  # fmt: skip
-            await self._durably.delivery.dead_letter(
-                found, message.value, f"{type(e).__name__}: {e}", self._durably.conf.id
-            )
+            await self._durably.delivery.dead_letter(found, f"{type(e).__name__}: {e}", self._durably.conf.id)
             raise ValueDecodeError(str(e)) from e
         return self._create_event(key, value, message.headers, message=message)
 

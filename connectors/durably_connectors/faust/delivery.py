@@ -67,8 +67,8 @@ class Delivery:
                     await self._replace(producer)
             await asyncio.sleep(RETRY)
 
-    async def dead_letter(self, message: Message, raw: bytes | None, reason: str, component: str) -> None:
-        """Keeps a message that cannot be handled, as it was found; returns when that is durable."""
+    async def dead_letter(self, message: Message, reason: str, component: str) -> None:
+        """Keeps a message, whose value is bytes, that cannot be handled; returns when that is durable."""
         where = f"{message.topic}[{message.partition}]@{message.offset}"
         logger.error("%s: the message at %s goes to the dead letters: %s", component, where, reason)
         letter = DeadLetter(
@@ -76,7 +76,7 @@ class Delivery:
             partition=message.partition,
             offset=message.offset,
             key=message.key,
-            value=raw,
+            value=message.value,
             reason=reason[:_REASON],
             component=component,
             at=time.time_ns() // 1_000_000,

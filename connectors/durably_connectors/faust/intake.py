@@ -11,7 +11,7 @@ from durably_connectors.faust.delivery import RETRY
 from durably_connectors.faust.message import Message, message_of
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Awaitable, Callable, Hashable
 
     from faust.streams import Stream
     from faust.types import EventT
@@ -92,19 +92,26 @@ class Intake:
     async def _finish(self, event: EventT[Any], message: Message, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])
-        await handled(self._handler, message, self._delivery)
+        handler = self._handler
+        await tried(lambda: handler.handle(message), message, self._delivery, handler.name)
         event.ack()
 
 
-async def handled(handler: Handler, message: Message, delivery: Delivery) -> None:
-    """Has a message handled, however long that takes; what will never be goes to the dead letters."""
+async def tried(handle: Callable[[], Awaitable[None]], message: Message, delivery: Delivery, name: str) -> None:
+    """Has a message handled, however long that takes; what will never be goes to the dead letters.
+
+    Args:
+        handle: does it. Raises `Later`, or something else for what will never be done.
+        message: with its value as it came.
+        delivery: where dead letters go.
+        name: of who handles it.
+    """
     while True:
         try:
-            return await handler.handle(message)
+            return await handle()
         except Later as e:
             where = f"{message.topic}[{message.partition}]@{message.offset}"
-            logger.warning("%s: the message at %s waits: %s", handler.name, where, e)
+            logger.warning("%s: the message at %s waits: %s", name, where, e)
             await asyncio.sleep(RETRY)
         except Exception as e:  # decoding, the user's mapping, what the engine refuses: none gets better by waiting
-            reason = f"{type(e).__name__}: {e}"
-            return await delivery.dead_letter(message, message.value, reason, handler.name)
+            return await delivery.dead_letter(message, f"{type(e).__name__}: {e}", name)

@@ -58,13 +58,11 @@ class _Monitor:
 
     def attach(self, app: App) -> None:
         events = app.catalogue.events
-        table = app.table_of(NAME, partitions=app.installation.partitions(events))
+        table = app.table_of(NAME)
 
-        async def watch(stream: Any) -> None:
-            async for event in stream.noack().events():
-                if isinstance(event.value, Event):
-                    self._take(table, event)
-                event.ack()
+        async def watch(event: Any) -> None:
+            if isinstance(event.value, Event):
+                self._take(table, event)
 
         def sums() -> Sums:
             mine = {tp.partition for tp in app.consumer.assignment() if tp.topic == events}
@@ -78,7 +76,7 @@ class _Monitor:
         async def show_metrics(view: Any, request: Any) -> Any:  # noqa: ARG001 - as Faust calls it
             return view.text(as_prometheus(sums()), content_type="text/plain")
 
-        app.agent(app.events, name=NAME)(watch)
+        app.each(app.events)(watch)
         app.page(PATH, name=NAME)(show_json)
         app.page(METRICS, name="metrics")(show_metrics)
 

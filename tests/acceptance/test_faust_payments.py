@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from durably import RunNotFoundError
 from durably.broker.port import TP, Message
 from durably_schemas.catalogue import Topic
 from harness import until
@@ -48,6 +50,17 @@ def test_each_order_is_paid_once_whichever_comes_first(kafka: str, namespace: st
             producer.send(f"{namespace}.shop.{topic}", json.dumps(value).encode(), key=key)
             assert producer.flush(30) == 0
 
+        def result(order: str) -> object:
+            run = shop.client.get_run(f"purchase-{order}")
+
+            def begun() -> bool:
+                with contextlib.suppress(RunNotFoundError):
+                    return bool(run.status())
+                return False
+
+            until(begun, 60)
+            return run.result(60)
+
         shop.start("processor", "p")
         shop.start("worker", "w")
         put("payments", {"id": "a", "order": "early", "cents": 5})
@@ -67,7 +80,7 @@ def test_each_order_is_paid_once_whichever_comes_first(kafka: str, namespace: st
             "parcel": "parcel-early",
         }
         put("payments", {"id": "c", "order": "late", "cents": 7})
-        late = shop.client.get_run("purchase-late").result(60)
+        late = result("late")
         assert late == {"order": "late", "due": 3, "parcel": "parcel-late"}
         put("payments", {"id": "d", "order": "late", "cents": 7})  # again, though it is over
         until(lambda: {x["id"] for x in contents(shop.broker, f"{namespace}.shop.refunds")} == {"b", "d"}, 30)

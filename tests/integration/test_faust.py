@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
 import urllib.request
 from collections import Counter
 from pathlib import Path
@@ -93,6 +94,12 @@ class Shop(Installation):
         super().close()
 
 
+def totals(port: int) -> list[dict]:
+    """What the monitor on this port has counted."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/monitor", timeout=10) as answer:
+        return json.load(answer)["totals"]
+
+
 @pytest.fixture
 def shop(kafka, namespace, tmp_path) -> Iterator[Shop]:
     shop = Shop(kafka, namespace, tmp_path)
@@ -100,16 +107,23 @@ def shop(kafka, namespace, tmp_path) -> Iterator[Shop]:
     shop.close()
 
 
-def test_every_message_starts_one_run_through_kills_and_rebalances(shop):
+def test_every_message_starts_one_run_and_counts_once_through_kills_and_rebalances(shop, tmp_path):
+    table = f"sqlite:///{tmp_path}/outcomes.db"
+    ports = [free_port() for _ in range(3)]
+
+    def spawned(n: int) -> subprocess.Popen[bytes]:
+        environment = {"TABLE": table, "DURABLY_CONNECTORS_PORT": str(ports[n - 1])}
+        return shop.spawn("connectors", f"c{n}", environment=environment)
+
     shop.start("processor", "p")
     numbers, poison = range(300), [b"{", b"", b'{"no": 1}', b"[]"]
-    first = shop.start("connectors", "c1")
+    first = spawned(1)
     shop.put("orders", *({"number": n} for n in numbers[:100]), *poison)
-    until(lambda: len(shop.read(shop.catalogue.commands, StartRun)) > 20)
+    until(lambda: len(shop.read(shop.catalogue.commands, StartRun)) > 20, 60)
     first.kill()
     first.wait(10)
     shop.put("orders", *({"number": n} for n in numbers[100:200]), *poison)
-    second, third = shop.spawn("connectors", "c2"), shop.spawn("connectors", "c3")
+    second, third = spawned(2), spawned(3)
     until(lambda: len({r.run_id for r in shop.read(shop.catalogue.commands, StartRun)}) >= 150, 60)
     second.kill()
     second.wait(10)
@@ -118,7 +132,8 @@ def test_every_message_starts_one_run_through_kills_and_rebalances(shop):
         "orders", *({"number": n} for n in numbers[206:]), *({"number": n} for n in (201, 203, 205)), {"number": -1}
     )
     until(lambda: len(shop.created()) >= len(numbers), 60)
-    assert third.poll() is None
+    until(lambda: sum(x["completed"] for x in totals(ports[2])) == len(numbers), 60)
+    assert [x["started"] for x in totals(ports[2])] == [len(numbers)]
     third.terminate()
     assert third.wait(20) == 0
 
@@ -163,16 +178,14 @@ def test_outcomes_events_and_counts_are_the_same_when_everything_is_delivered_ag
                 return []
             return connection.execute("select run_id, seq, kind, value from outcomes").fetchall()
 
-    def counted() -> list:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/monitor/", timeout=10) as answer:
-            return json.load(answer)["totals"]
-
     def settled() -> bool:
-        return len(rows()) == len(numbers) and sum(x["completed"] + x["failed"] for x in counted()) == 2 * len(numbers)
+        return len(rows()) == len(numbers) and sum(x["completed"] + x["failed"] for x in totals(port)) == 2 * len(
+            numbers
+        )
 
     until(settled, 60)
     until(lambda: len(dict(shop.values("packed"))) == len(numbers), 30)
-    totals, stored = counted(), sorted(rows())
+    totals, stored = totals(port), sorted(rows())
     runs, steps = totals
     assert runs["workflow"] == steps["workflow"] == "faust_parcel"
     assert (runs["started"], runs["completed"], runs["failed"]) == (40, 36, 4)
@@ -192,10 +205,10 @@ def test_outcomes_events_and_counts_are_the_same_when_everything_is_delivered_ag
     until(lambda: len(shop.values("packed")) >= before + len(numbers), 60)  # the topic has all of them once more
     shop.put("parcels", {"number": 100})
     until(lambda: "parcel-100" in dict(shop.values("packed")), 30)
-    until(lambda: counted() and counted()[0]["completed"] == 37, 30)
-    assert counted()[0]["started"] == 41
+    until(lambda: totals(port) and totals(port)[0]["completed"] == 37, 30)
+    assert totals(port)[0]["started"] == 41
     assert [x for x in sorted(rows()) if x[0] != "parcel-100"] == stored
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics/", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         metrics = answer.read().decode().splitlines()
     assert 'durably_runs_failed_total{workflow="faust_parcel"} 4' in metrics
     assert 'durably_steps_seconds_count{workflow="faust_parcel",step="faust_pack"} 41' in metrics

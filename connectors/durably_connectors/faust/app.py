@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import faust
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from durably.broker.port import Broker
-    from faust.streams import Stream
     from faust.types import EventT
 
     from durably_connectors.faust.declared import Connector
@@ -147,9 +147,9 @@ class App(faust.App):
         def declare(fn: OnEvent) -> OnEvent:
             name = f"{fn.__module__}.{fn.__qualname__}"
 
-            async def take(stream: Stream[Any]) -> None:
+            async def take(stream: Any) -> None:
                 async for event in stream.noack().events():
-                    await tried(lambda event=event: fn(event), message_of(event), self.delivery, name)
+                    await tried(partial(fn, event), message_of(event), self.delivery, name)
                     event.ack()
 
             self.agent(topic, name=name)(take)

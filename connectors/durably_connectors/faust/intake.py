@@ -93,7 +93,7 @@ class Intake:
         if before is not None:
             await asyncio.wait([before])
         handler = self._handler
-        await tried(lambda: handler.handle(message), message, self._delivery, handler.name)
+        await tried(partial(handler.handle, message), message, self._delivery, handler.name)
         event.ack()
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from durably.durations import Duration, milliseconds
 from durably.errors import ConfigurationError
 from durably_schemas.records import Event
+from faust.exceptions import ConsumerNotStarted
 
 from durably_connectors.faust.declared import declared
 from durably_connectors.faust.tally import BUCKETS, MINUTE, TOTAL, Count, count, counts, expire
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
     from durably_connectors.faust.tally import Key, Rows
 
 NAME = "monitor"
-PATH = "/monitor/"
-METRICS = "/metrics/"
+PATH = "/monitor"
+METRICS = "/metrics"
 
 Sums = dict[tuple[int, str, str], Count]
 """Counts by window, workflow and step, of all partitions together."""
@@ -31,8 +33,8 @@ Sums = dict[tuple[int, str, str], Count]
 def monitor(*, keep: Duration = "1h") -> None:
     """Declares that the process counts what runs and steps do: what started, completed, failed, was retried, how long it took.
 
-    Served by the app's web server, of the partitions of ``events`` that this process has: ``/monitor/`` is JSON, with the
-    minutes and the totals; ``/metrics/`` has the totals for Prometheus, which adds up several processes.
+    Served by the app's web server, of the partitions of ``events`` that this process has: ``/monitor`` is JSON, with the
+    minutes and the totals; ``/metrics`` has the totals for Prometheus, which adds up several processes.
 
     Args:
         keep: how long minutes are kept; totals always are.
@@ -65,7 +67,10 @@ class _Monitor:
                 self._take(table, event)
 
         def sums() -> Sums:
-            mine = {tp.partition for tp in app.consumer.assignment() if tp.topic == events}
+            # What is of other partitions has been left behind when they went.
+            mine: set[int] = set()
+            with suppress(ConsumerNotStarted):
+                mine = {tp.partition for tp in app.consumer.assignment() if tp.topic == events}
             since = round(time.time() * 1000) - self._keep
             found = counts(list(table.items()))
             return summed((k, c) for k, c in found if k.partition in mine and (k.window == TOTAL or k.window >= since))

@@ -185,8 +185,7 @@ def test_outcomes_events_and_counts_are_the_same_when_everything_is_delivered_ag
 
     until(settled, 60)
     until(lambda: len(dict(shop.values("packed"))) == len(numbers), 30)
-    totals, stored = totals(port), sorted(rows())
-    runs, steps = totals
+    (runs, steps), stored = totals(port), sorted(rows())
     assert runs["workflow"] == steps["workflow"] == "faust_parcel"
     assert (runs["started"], runs["completed"], runs["failed"]) == (40, 36, 4)
     assert (steps["step"], steps["started"], steps["completed"], steps["failed"]) == ("faust_pack", 40, 36, 4)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 from collections.abc import MutableMapping
 from io import BytesIO
 from types import SimpleNamespace
@@ -29,6 +31,7 @@ from durably_connectors.faust import (
     intake,
     monitor,
     monitors,
+    server,
     sink,
     sql,
     tally,
@@ -540,6 +543,15 @@ def test_what_cannot_be_mapped_is_a_dead_letter_with_the_reason(fresh, broker, v
     assert letter.component.endswith("named_order")
 
 
+def test_a_reason_that_is_no_unicode_is_told_all_the_same(fresh, broker):
+    @trigger(topic="orders", workflow="fulfil")
+    def surrogate(m):
+        raise ValueError("half a pair: \ud800")
+
+    handled_by(fresh, broker, message(b"{}"))
+    assert letters(broker)[0].reason == "ValueError: half a pair: ?"
+
+
 def test_a_key_names_the_run_and_ignore_starts_none(fresh, broker):
     @trigger(topic="orders", workflow="fulfil", key=lambda m: f"order-{m.value['number']}")
     def some(m):
@@ -647,6 +659,27 @@ def test_a_record_that_is_none_is_a_dead_letter_before_faust_forgets_it(broker):
     asyncio.run(scenario())
     (letter,) = letters(broker)
     assert (letter.offset, letter.value, letter.component) == (5, b"poison", "durably.connectors.shop")
+
+
+def test_a_module_without_an_app_gets_one_of_its_name(fresh, monkeypatch, tmp_path):
+    ran = []
+    (tmp_path / "faustpkg").mkdir()
+    (tmp_path / "faustpkg" / "faustshop.py").write_text("value = 1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(server, "declared", fresh)
+    monkeypatch.setattr(App, "attach", lambda app, connectors: ran.append((app, connectors)))
+    monkeypatch.setattr(server, "_run", lambda app, ready: asyncio.sleep(0))
+    settings = Settings(url="kafka://a:1", namespace="n")
+    with pytest.raises(ConfigurationError, match="declares no connector"):
+        server.run_connectors(settings, "faustpkg.faustshop", name=None, port=None, ready=print)
+    monitor()
+    for name, port in ((None, None), ("other", 0)):
+        server.run_connectors(settings, "faustpkg.faustshop", name=name, port=port, ready=print)
+    assert [app.conf.id for app, _ in ran] == ["n.connectors.faustshop", "n.connectors.other"]
+    assert [app.conf.web_enabled for app, _ in ran] == [True, False]
+    assert [connectors for _, connectors in ran] == [fresh.all()] * 2
 
 
 def test_without_the_extra_the_command_names_it(monkeypatch):

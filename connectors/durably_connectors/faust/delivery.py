@@ -77,7 +77,7 @@ class Delivery:
             offset=message.offset,
             key=message.key,
             value=message.value,
-            reason=reason[:_REASON],
+            reason=reason[:_REASON].encode(errors="replace").decode(),  # JSON may hold half a surrogate pair
             component=component,
             at=time.time_ns() // 1_000_000,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from durably import payload_codec
@@ -17,7 +16,6 @@ from durably_connectors.faust.declared import declared
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import ModuleType
 
     from durably.settings import Settings
 
@@ -44,20 +42,17 @@ def run_connectors(
     # What the module makes by itself, an App or a client, is to be on the same installation.
     os.environ |= {"DURABLY_URL": settings.url, "DURABLY_NAMESPACE": settings.namespace}
     loaded = load_module(module)
-    app = _own(loaded) or App(name or Path(module).stem.rpartition(".")[2], settings)
     connectors = declared.all()
-    if not connectors and _own(loaded) is None:
+    own = next((value for value in vars(loaded).values() if isinstance(value, App)), None)
+    if not connectors and own is None:
         raise ConfigurationError(
             f"{module} declares no connector: mark functions with @trigger or @sink, or make an App"
         )
+    app = own or App(name or loaded.__name__.rpartition(".")[2], settings)
     if port is not None:
         app.conf.web_enabled, app.conf.web_port = port != 0, port or PORT
     app.attach(connectors)
     asyncio.run(_run(app, ready))
-
-
-def _own(module: ModuleType) -> App | None:
-    return next((value for value in vars(module).values() if isinstance(value, App)), None)
 
 
 async def _run(app: App, ready: Callable[[App], None]) -> None:
@@ -76,8 +71,10 @@ async def _run(app: App, ready: Callable[[App], None]) -> None:
     app.on_rebalance_complete.connect(assigned)
     try:
         await app.start()
-        while not ended.is_set() and not app.crashed:
-            await asyncio.wait([asyncio.ensure_future(ended.wait())], timeout=_LOOK)
+        ending = asyncio.create_task(ended.wait())
+        while not ending.done() and not app.crashed:
+            await asyncio.wait([ending], timeout=_LOOK)
+        ending.cancel()
         crash = app.crash_reason if app.crashed else None
     finally:
         await app.stop()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from durably.cli import acls, gateway, health, hooks, processes, replay, runs, start, topics
+from durably.cli import acls, connectors, gateway, health, hooks, processes, replay, runs, start, topics
 from durably.cli.shell import command
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ command(app, "dev")(processes.dev)
 command(app, "processor")(processes.processor)
 command(app, "worker")(processes.worker)
 command(app, "gateway")(gateway.gateway)
+command(app, "connectors")(connectors.connectors)
 command(app, "start")(start.start)
 command(app, "stream")(runs.stream)
 command(app, "replay")(replay.replay)

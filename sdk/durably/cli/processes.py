@@ -36,6 +36,14 @@ Retention = Annotated[
     ),
 ]
 Concurrency = Annotated[int, typer.Option(min=1, help="How many steps run at once.")]
+Drain = Annotated[
+    str,
+    typer.Option(
+        envvar="DURABLY_DRAIN",
+        show_envvar=True,
+        help='How long steps may still run when the worker is told to end, such as "10m"; others get what is left.',
+    ),
+]
 
 
 def dev(
@@ -105,14 +113,21 @@ def processor(
     _processor("process").run_processor(settings, modules, ready=ready)
 
 
-def worker(shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concurrency = 100) -> None:
+def worker(
+    shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concurrency = 100, drain: Drain = "30s"
+) -> None:
     """Runs steps."""
     from durably import payload_codec
     from durably.authoring import load_module, registry
     from durably.broker.acl import required_acls
+    from durably.durations import milliseconds
     from durably.errors import ConfigurationError
     from durably.worker import Worker
 
+    try:
+        drain_timeout = milliseconds(drain) / 1000
+    except ValueError as e:
+        raise ConfigurationError(f"--drain (DURABLY_DRAIN): {e}") from e
     # A thread that wakes for a request must not wait 5 ms, Python's default, for one that is encoding.
     sys.setswitchinterval(0.0005)
     for module in modules:
@@ -130,7 +145,7 @@ def worker(shell: Shell, modules: Modules, *, queues: Queues, concurrency: Concu
             )
         serving = Worker(broker, catalogue, registry, queues=queues, concurrency=concurrency)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: serving.stop())
+            signal.signal(number, lambda *_: serving.stop(drain_timeout))
         serving.start()
         shell.say(f"worker ready: {settings.url}, namespace {settings.namespace}, queues {', '.join(queues)}")
         serving.join()

@@ -66,7 +66,7 @@ up:
 	$(COMPOSE) up --detach --build
 
 down:
-	$(COMPOSE) down --volumes
+	$(COMPOSE) --profile metrics down --volumes
 
 topics: $(STAMP)
 	$(BIN)/durably topics create --url $(DURABLY_URL)

@@ -1,3 +1,9 @@
+# All processes of durably; the first argument says which: processor, worker, gateway, connectors, topics, …
+#
+# An image of your own adds your modules, and what they import:
+#
+#   FROM durably:local
+#   COPY --chown=durably shop.py ./
 ARG PYTHON_IMAGE=python:3.11-slim
 FROM ${PYTHON_IMAGE}
 
@@ -11,11 +17,13 @@ COPY schemas schemas
 COPY sdk sdk
 COPY processor processor
 COPY connectors connectors
-RUN python -m pip install --no-cache-dir -c constraints.txt '.[http,crypto,metrics]'
+RUN python -m pip install --no-cache-dir -c constraints.txt '.[http,crypto,faust,metrics,otel]'
 COPY examples examples
 
-ENV DURABLY_DATA_DIR=/data
+# Unbuffered, so that the last words of a process that is killed are in its log.
+ENV DURABLY_DATA_DIR=/data PYTHONUNBUFFERED=1
 VOLUME /data
-USER durably
+# By number: Kubernetes cannot tell of a name that it is not root's.
+USER 1000
 ENTRYPOINT ["durably"]
 CMD ["--help"]

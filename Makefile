@@ -21,7 +21,7 @@ help:
 	@echo "make bench    measures, and writes bench/README.md; NOTE='what has changed since the last time'"
 	@echo "make bench-peers  installs what durably is compared with: needs the network, and npm for one of them"
 	@echo "make fuzz     coverage-guided fuzzing of the decoders, FUZZ_SECONDS=$(FUZZ_SECONDS) each; longer property tests"
-	@echo "make up       Kafka, two processors and two workers in containers; make down ends them"
+	@echo "make up       Kafka, all processes of durably and two examples in containers; make down ends them"
 	@echo "make topics   creates the topics at DURABLY_URL ($(DURABLY_URL))"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -66,7 +66,7 @@ up:
 	$(COMPOSE) up --detach --build
 
 down:
-	$(COMPOSE) down --volumes
+	$(COMPOSE) --profile metrics down --volumes
 
 topics: $(STAMP)
 	$(BIN)/durably topics create --url $(DURABLY_URL)

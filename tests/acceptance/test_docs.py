@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 RUNNER = Path(__file__).with_name("page.py")
 DURABLY = Path(sys.executable).with_name("durably")
 
-PROSE = {"architecture.md", "index.md", "parity.md", "rules.md", "faults.md"}
+PROSE = {"architecture.md", "index.md", "operations.md", "parity.md", "rules.md", "faults.md"}
 """Pages without code."""
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in PROSE)]
 AT_ONCE = 3

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -630,6 +631,41 @@ def test_an_installation_without_the_processor_says_so(durably_: Any, monkeypatc
     assert "this installation has no processor" in durably_("processor", "a").stderr
 
 
+def test_a_worker_drains_for_as_long_as_it_is_told(
+    durably_: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drains: list[float] = []
+
+    class Fake:
+        error = None
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def start(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+        def stop(self, drain_timeout: float) -> None:
+            drains.append(drain_timeout)
+
+        def join(self) -> None:
+            pass
+
+    monkeypatch.setattr("durably.worker.Worker", Fake)
+    module = tmp_path / "cli_drained_module.py"
+    module.write_text("")
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert durably_("worker", str(module), "--drain", "1h30m").exit_code == 0
+        assert durably_("worker", str(module)).exit_code == 0
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    assert drains == [5400, 30]
+    refused = durably_("worker", str(module), "--drain", "soon")
+    assert (refused.exit_code, "--drain (DURABLY_DRAIN): 'soon' is no duration" in refused.stderr) == (1, True)
+
+
 def test_a_worker_needs_its_modules_and_its_topics(durably_: Any, tmp_path: Path) -> None:
     missing = durably_("worker", str(tmp_path / "none.py"))
     assert missing.exit_code == 1
@@ -654,7 +690,7 @@ def test_every_command_has_the_common_options() -> None:
     from typer.main import get_command
 
     found = commands(get_command(app))
-    assert len(found) == 21
+    assert len(found) == 22
     for one in found:
         assert {"url", "namespace", "json", "verbose"} <= {parameter.name for parameter in one.params}
 

@@ -41,6 +41,14 @@ Metrics = Annotated[
     ),
 ]
 Concurrency = Annotated[int, typer.Option(min=1, help="How many steps run at once.")]
+Drain = Annotated[
+    str,
+    typer.Option(
+        envvar="DURABLY_DRAIN",
+        show_envvar=True,
+        help='How long steps may still run when the worker is told to end, such as "10m"; others get what is left.',
+    ),
+]
 
 
 def dev(
@@ -125,6 +133,7 @@ def worker(
     *,
     queues: Queues,
     concurrency: Concurrency = 100,
+    drain: Drain = "30s",
     build: Build = None,
     metrics: Metrics = None,
     log_format: LogFormat = None,
@@ -135,10 +144,15 @@ def worker(
     from durably.authoring import load_module, registry
     from durably.broker.acl import required_acls
     from durably.builds import served
+    from durably.durations import milliseconds
     from durably.errors import ConfigurationError
     from durably.observability.endpoint import serving
     from durably.worker import Worker
 
+    try:
+        drain_timeout = milliseconds(drain) / 1000
+    except ValueError as e:
+        raise ConfigurationError(f"--drain (DURABLY_DRAIN): {e}") from e
     # A thread that wakes for a request must not wait 5 ms, Python's default, for one that is encoding.
     sys.setswitchinterval(0.0005)
     for module in modules:
@@ -157,7 +171,7 @@ def worker(
             )
         running = Worker(broker, catalogue, registry, queues=queues, concurrency=concurrency, counting=bool(metrics))
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: running.stop())
+            signal.signal(number, lambda *_: running.stop(drain_timeout))
         with serving(metrics or None, [running]):
             running.start()
             shell.say(f"worker ready: {settings.url}, namespace {settings.namespace}, queues {', '.join(queues)}")

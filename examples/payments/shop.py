@@ -11,7 +11,7 @@ from durably import step, workflow
 PATIENCE = 3 * 86_400  # seconds
 
 
-@step
+@step(name="ship-purchase")  # examples/orders has a step `ship`, and one process may serve both
 async def ship(order: str) -> str:
     return f"parcel-{order}"
 

@@ -661,6 +661,14 @@ def test_a_record_that_is_none_is_a_dead_letter_before_faust_forgets_it(broker):
     assert (letter.offset, letter.value, letter.component) == (5, b"poison", "durably.connectors.shop")
 
 
+def test_an_app_writes_where_processes_of_durably_do(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    app = App("shop", Settings(url="kafka://a:1", data_dir=tmp_path / "data" / "of-all"))
+    app._create_directories()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert [path.name for path in (tmp_path / "data" / "of-all").iterdir()] == ["connectors-shop"]
+
+
 def test_a_module_without_an_app_gets_one_of_its_name(fresh, monkeypatch, tmp_path):
     ran = []
     (tmp_path / "faustpkg").mkdir()

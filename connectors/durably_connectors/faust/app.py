@@ -78,6 +78,7 @@ class App(faust.App):
             "broker_session_timeout": int(self.settings.kafka.get("session.timeout.ms", 10_000)) / 1000,
             "broker_heartbeat_interval": int(self.settings.kafka.get("heartbeat.interval.ms", 1_000)) / 1000,
             "consumer_auto_offset_reset": "earliest",
+            "datadir": self.settings.data_dir / f"connectors-{name}",
             "stream_wait_empty": False,  # what is in the works may wait for minutes, and a rebalance cannot
             "store": "memory://",
             "table_standby_replicas": 0,
@@ -214,6 +215,10 @@ class App(faust.App):
         if self._broker is not None:
             self._broker.close()
         self._durably = self._delivery = self._broker = None
+
+    def _create_directories(self) -> None:
+        self.conf.datadir.parent.mkdir(parents=True, exist_ok=True)
+        super()._create_directories()
 
     def _new_transport(self) -> Transport:
         return Transport(self.conf.broker_consumer, self)

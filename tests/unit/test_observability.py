@@ -508,16 +508,12 @@ def test_the_dashboard_asks_for_metrics_that_there_are():
     assert all(panel["type"] == "row" or panel["targets"] for panel in dashboard["panels"])
 
 
-def test_the_page_lists_all_metrics_with_their_labels_and_its_alerts_ask_for_them():
+def test_the_page_lists_all_metrics_with_their_labels():
     page = (ROOT / "docs/observability.md").read_text()
     listed = dict(re.findall(r"^\| `(durably_\w+)` \| ([^|]*) \|", page, re.MULTILINE))
     assert {name: ", ".join(f"`{label}`" for label in metric.labels) for name, metric in METRICS.items()} == {
         name: labels.strip() for name, labels in listed.items()
     }
-    alerts = re.findall(r"expr: (.*)", page)
-    assert len(alerts) >= 6
-    known = set().union(*(series(metric) for metric in METRICS))
-    assert {name for alert in alerts for name in _NAME.findall(alert)} <= known
 
 
 def test_every_type_of_event_is_counted_or_known_not_to_be():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from importlib.resources import files
 from io import BytesIO
 from typing import Any, TypeVar
@@ -54,6 +55,14 @@ def schema_of(name: str) -> Json:
 def fingerprint_of(schema: Json) -> bytes:
     """CRC-64-AVRO of the canonical form, in the byte order of single-object encoding."""
     return bytes.fromhex(avro_fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO"))
+
+
+@cache
+def _released() -> dict[bytes, Json]:
+    """The schemas of every release, by fingerprint: what they wrote is read for as long as a log may be kept."""
+    versions = files("durably_schemas").joinpath("released").iterdir()
+    found = [json.loads(path.read_text()) for version in versions for path in version.iterdir()]
+    return {fingerprint_of(schema): schema for schema in found}
 
 
 def _plain(schema: Any) -> Any:
@@ -151,16 +160,22 @@ class Codec:
 
     def _recognise(self, data: bytes) -> tuple[_Shape, Any, int]:
         if data[:2] == MARKER:
-            known = self._writers.get(data[2:HEADER])
-            if known is None:
-                raise CodecError(f"unknown schema fingerprint {data[2:HEADER].hex()}")
-            return *known, HEADER
+            writer = data[2:HEADER]
+            if writer not in self._writers:
+                self._writers[writer] = self._of_release(writer)
+            return *self._writers[writer], HEADER
         if data[0] == 0 and len(data) >= 5:
             schema_id = int.from_bytes(data[1:5], "big")
             if schema_id not in self._writers:
                 self._writers[schema_id] = self._look_up(schema_id)
             return *self._writers[schema_id], 5
         raise CodecError(f"neither single-object encoded Avro nor the Confluent wire format: starts with {data[:4]!r}")
+
+    def _of_release(self, writer: bytes) -> tuple[_Shape, Any]:
+        schema = _released().get(writer)
+        if schema is None:
+            raise CodecError(f"unknown schema fingerprint {writer.hex()}: a newer release wrote this, or none of ours")
+        return next(s for s in _SHAPES.values() if s.name == schema["name"]), fastavro.parse_schema(_plain(schema))
 
     def _look_up(self, schema_id: int) -> tuple[_Shape, Any]:
         if self._registry is None:

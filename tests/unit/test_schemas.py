@@ -11,12 +11,12 @@ import fastavro
 import pytest
 from durably_schemas import Catalogue, Codec, CodecError, records
 from durably_schemas.catalogue import murmur2, partition_for
-from durably_schemas.codec import RECORDS, fingerprint_of, schema_of
+from durably_schemas.codec import RECORDS, _released, fingerprint_of, schema_of
 from fuzz.avro_values import plain, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-RELEASED = sorted((Path(__file__).parents[1] / "schemas").iterdir())
+RELEASED = sorted((Path(__file__).parents[2] / "schemas" / "durably_schemas" / "released").iterdir())
 CODEC = Codec()
 NAMES = [cls.__name__ for cls in RECORDS]
 
@@ -61,6 +61,25 @@ def test_a_record_that_does_not_fit_is_refused_with_its_name():
         CODEC.encode(records.CancelRun(run_id=None, requested_at=1))  # type: ignore[arg-type]
     with pytest.raises(CodecError, match="CancelRun"):
         CODEC.encode(records.CancelRun(run_id="r", requested_at=2**64))
+
+
+def test_what_an_earlier_release_wrote_is_read(monkeypatch):
+    writer = schema_of("CancelRun")
+    del writer["fields"][1]
+    out = BytesIO()
+    fastavro.schemaless_writer(
+        out, fastavro.parse_schema(plain(writer)), {"run_id": "r", "requested_at": 5, "reply_to": None}
+    )
+    data = b"\xc3\x01" + fingerprint_of(writer) + out.getvalue()
+    with pytest.raises(CodecError, match="a newer release wrote this"):
+        Codec().decode(data)
+    monkeypatch.setattr("durably_schemas.codec._released", lambda: {fingerprint_of(writer): writer})
+    assert Codec().decode(data) == records.CancelRun(run_id="r", requested_at=5)
+
+
+def test_every_release_is_known_by_its_fingerprints():
+    released = [json.loads(path.read_text()) for version in RELEASED for path in version.glob("*.avsc")]
+    assert all(_released()[fingerprint_of(schema)]["name"] == schema["name"] for schema in released)
 
 
 def test_the_confluent_wire_format_is_read_through_a_registry():

@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help demo test chaos fuzz lint bench bench-peers up down topics
+.PHONY: help demo test browser chaos fuzz lint bench bench-peers up down topics
 .DEFAULT_GOAL := help
 
 help:
@@ -37,8 +37,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/orders/demo.py
 
-test: $(STAMP)
+test: $(STAMP) browser
 	$(BIN)/python -m pytest
+
+# What the dashboard is looked at with: one that is installed, else Playwright fetches its own.
+browser: $(STAMP)
+	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v google-chrome > /dev/null || \
+	  $(BIN)/playwright install chromium || true
 
 chaos: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m chaos $(CHAOS)

@@ -46,7 +46,9 @@ def browser() -> Iterator[Browser]:
                 pytrace=False,
             )
         # The sandbox of Chromium cannot be had in every container; what it is shown here is our own.
-        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        launched = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-background-networking"]
+        )
         yield launched
         launched.close()
 

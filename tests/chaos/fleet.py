@@ -62,7 +62,7 @@ class Member:
 
     def spawn(self) -> None:
         """Fills the place."""
-        environment = {"CHAOS_CLOCK": str(self._clock)}
+        environment = {"CHAOS_CLOCK": str(self._clock), "PYTHONFAULTHANDLER": "1"}
         self.process = self._installation.spawn(self.role, self.name, url=self._url, environment=environment)
         self.started.append((self.process.pid, now_ms()))
 
@@ -72,13 +72,14 @@ class Member:
         self.process.wait()
 
     def terminate(self) -> None:
-        """SIGTERM; SIGKILL for one that does not heed it."""
+        """SIGTERM; SIGABRT for one that does not heed it, so that its log says where each of its threads stands."""
         self.process.terminate()
         try:
             self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            self.kill()
-            raise RuntimeError(f"{self.name} did not end within {PATIENCE:g} s of SIGTERM") from None
+            self.process.send_signal(signal.SIGABRT)
+            self.process.wait()
+            raise RuntimeError(f"{self.name} did not end within {PATIENCE:g} s of SIGTERM: see its log") from None
 
     @property
     def stores(self) -> list[Path]:

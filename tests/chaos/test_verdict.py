@@ -106,6 +106,7 @@ def good() -> History:
         Execution("sequence-4", ADD, 1, WORKER + 1, LATE + 15),
         Execution("hook-4", TELL, 1, WORKER, 1_000),
         Execution("streams-4", WRITE, 1, WORKER, 1_000),
+        Execution("poison-1", ADD, 1, WORKER, 1_000),
     ]
     history.injected = [Injected("sigkill", "worker-0", LATE + 1, LATE + 5, (WORKER,))]
     return history
@@ -256,7 +257,7 @@ def keep_what_was_aborted(history):
         (lose_a_letter, {"letters_are_written_once"}),
         (write_a_letter_twice, {"letters_are_written_once"}),
         (bury_a_good_record, {"letters_are_written_once"}),
-        (let_poison_through, {"poison_hurts_itself_alone"}),
+        (let_poison_through, {"poison_hurts_itself_alone", "steps_that_ran_are_known"}),
         (stop_the_partition, {"poison_hurts_itself_alone"}),
         (run_an_unknown_step, {"steps_that_ran_are_known"}),
         (invent_a_result, {"steps_that_ran_are_run"}),

@@ -16,11 +16,12 @@ import harness
 import pytest
 from durably import get_writable, sleep, step, workflow
 from durably.broker import connect
-from durably.broker.port import TP, Message
+from durably.broker.port import TP, Committed, Message
 from durably.client import Client
 from durably.errors import BrokerUnreachable
 from durably_processor import committer, processor
 from durably_processor.processor import Processor
+from durably_schemas import Catalogue
 from fault_proxy import FaultProxy
 from harness import until
 
@@ -154,14 +155,38 @@ def test_a_silent_group_coordinator_is_noticed_within_the_budget_of_a_commit(sce
     scene.settle()
 
 
+def test_a_commit_of_offsets_that_nobody_answers_is_given_up(kafka, namespace):
+    catalogue = Catalogue(namespace, 1)
+    with FaultProxy(kafka) as proxy, closing(connect(f"kafka://{proxy.bootstrap}")) as broker:
+        broker.create(catalogue.topics())
+        assert broker.properties.consumer("group", None)["socket.timeout.ms"] == "10000"  # of each of three tries
+        broker.properties._user["socket.timeout.ms"] = "1000"
+        owned: list[int] = []
+        consumer = broker.consumer(f"{namespace}.silent", catalogue.commands, Listening(owned))
+        with closing(consumer):
+            until(lambda: consumer.poll(0.1) is not None and owned)
+            proxy.drop_answers("OffsetCommit", math.inf)
+            began = time.monotonic()
+            with pytest.raises(BrokerUnreachable, match="while committing offsets"):
+                consumer.commit({TP(catalogue.commands, 0): Committed(0, "")}, wait=True)
+            assert time.monotonic() - began < 30  # librdkafka's own default is a minute for each
+            proxy.heal()
+
+
+class Listening:
+    """A group's listener that notes what is assigned."""
+
+    def __init__(self, owned: list[int]) -> None:
+        self.on_assigned = owned.extend
+        self.on_revoked = self.on_lost = lambda _: None
+
+
 # -- one transaction does not become part of the next ------------------------------------------------------------------
 
 
 @pytest.fixture
 def wires(kafka: str, namespace: str) -> Iterator[tuple[FaultProxy, Broker, TP]]:
     """A proxy, a connection through it, and a partition to write to."""
-    from durably_schemas import Catalogue
-
     with FaultProxy(kafka) as proxy, closing(connect(f"kafka://{proxy.bootstrap}")) as broker:
         catalogue = Catalogue(namespace, 1)
         broker.create(catalogue.topics())

@@ -175,7 +175,9 @@ class KafkaProperties:
         """Of a member of a group."""
         # With KIP-848 the broker decides these three, and librdkafka refuses them.
         classic = {} if self._user.get("group.protocol") == "consumer" else _CLASSIC_GROUP
-        own = {"group.id": group, "logger": log}
+        # A commit of offsets that is waited for holds its thread, deaf to signals, until librdkafka has asked three times
+        # for so long; its default is a minute. Whoever gets no answer for longer than a session is no member any more.
+        own = {"group.id": group, "socket.timeout.ms": "10000", "logger": log}
         if instance_id is not None:
             own["group.instance.id"] = instance_id
         return self._made(_PRODUCER_ONLY, _OURS_CONSUMER, _CONSUMER, classic, own)

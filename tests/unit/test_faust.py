@@ -326,6 +326,26 @@ def test_what_takes_too_long_at_the_end_is_given_up_unacknowledged(broker):
     assert asyncio.run(scenario()) == []
 
 
+def test_what_comes_at_the_end_is_left_for_the_next_process(broker):
+    begun = asyncio.Event()
+
+    async def does(message):
+        begun.set()
+
+    async def scenario():
+        out = Delivery(broker, CATALOGUE)
+        stream = Stream([message()])
+        handler = Handler(does)
+        running = Intake(handler, out)
+        await running.drain(1)
+        await running.run(stream)
+        await out.close()
+        return handler.notes, stream.acked
+
+    assert asyncio.run(scenario()) == ([], [])
+    assert not begun.is_set()
+
+
 # -- delivery ----------------------------------------------------------------------------------------------------------
 
 

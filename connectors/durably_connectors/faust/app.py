@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -196,18 +197,17 @@ class App(faust.App):
             )
 
     async def on_stop(self) -> None:
-        """Ends what is in the works, commits it, and lets go."""
-        try:
-            if self._consumer is not None and not self.crashed:
-                self._consumer.stop_flow()
-                for intake in self._intakes:
-                    await intake.drain(_DRAIN)
-                await self._consumer.commit()
-            await super().on_stop()
-        finally:
-            await self._let_go()
+        """Ends what is in the works, and commits it."""
+        if self._consumer is not None:
+            self._consumer.stop_flow()
+        await asyncio.gather(*(intake.drain(_DRAIN) for intake in self._intakes))
+        if self._consumer is not None and not self.crashed:
+            await self._consumer.commit()
+        await super().on_stop()
 
-    async def _let_go(self) -> None:
+    async def on_shutdown(self) -> None:
+        """Lets go, when nothing runs any more that could find it gone."""
+        await super().on_shutdown()
         if self._durably is not None:
             await self._durably.close()
         if self._delivery is not None:

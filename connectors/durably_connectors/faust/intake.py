@@ -61,11 +61,15 @@ class Intake:
         self._room = asyncio.Semaphore(AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
         self._last: dict[Hashable, asyncio.Task[None]] = {}
+        self._ending = False
 
     async def run(self, stream: Stream[Any]) -> None:
         """Takes records for as long as the stream goes on."""
         async for event in stream.noack().events():
             await self._room.acquire()
+            if self._ending:  # it will be delivered again
+                self._room.release()
+                continue
             message = message_of(event)
             lane = self._handler.lane(message)
             before = None if lane is None else self._last.get(lane)
@@ -76,7 +80,8 @@ class Intake:
             task.add_done_callback(partial(self._done, lane))
 
     async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - what is not done by then is given up
-        """Waits for what is in the works, and gives up what takes longer: it will be delivered again."""
+        """Takes nothing more, waits for what is in the works, and gives up what takes longer: it is delivered again."""
+        self._ending = True
         if self._tasks:
             _, left = await asyncio.wait(self._tasks, timeout=timeout)
             for task in left:

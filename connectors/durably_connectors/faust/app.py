@@ -20,7 +20,8 @@ from durably_connectors.faust.credentials import credentials
 from durably_connectors.faust.delivery import Delivery
 from durably_connectors.faust.intake import Handler, Intake, tried
 from durably_connectors.faust.message import message_of
-from durably_connectors.faust.transport import Transport
+from durably_connectors.faust.recovery import Tables
+from durably_connectors.faust.transport import Stream, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -151,7 +152,7 @@ class App(faust.App):
 
             async def take(stream: Any) -> None:
                 async for event in stream.noack().events():
-                    await tried(partial(fn, event), message_of(event), self.delivery, name)
+                    await tried(partial(fn, event), message_of(event.message), self.delivery, name)
                     event.ack()
 
             self.agent(topic, name=name)(take)

@@ -9,7 +9,7 @@ from durably_schemas.records import Record
 from faust.exceptions import ValueDecodeError
 from faust.topics import Topic
 
-from durably_connectors.faust.message import Message
+from durably_connectors.faust.message import message_of
 
 if TYPE_CHECKING:
     from faust.types import EventT
@@ -41,11 +41,8 @@ class RecordTopic(Topic):
             value = None if message.value is None else self._codec.decode_as(self._record, message.value)
             key = None if message.key is None else message.key.decode()
         except ValueError as e:
-            found = Message(
-                topic=message.topic, partition=message.partition, offset=message.offset,
-                timestamp=round((message.timestamp or 0) * 1000), key=message.key, value=message.value, headers={},
-            )  # fmt: skip
-            await self._durably.delivery.dead_letter(found, f"{type(e).__name__}: {e}", self._durably.conf.id)
+            reason = f"{type(e).__name__}: {e}"
+            await self._durably.delivery.dead_letter(message_of(message), reason, self._durably.conf.id)
             raise ValueDecodeError(str(e)) from e
         return self._create_event(key, value, message.headers, message=message)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from durably.errors import BrokerError, BrokerUnreachable, RecordTooLarge
 from durably_schemas import Codec
 from durably_schemas.records import DeadLetter, Record
+from msgspec.structs import replace
 
 if TYPE_CHECKING:
     from durably.broker.port import Broker, Headers, Producer
@@ -85,8 +86,6 @@ class Delivery:
             await self.send(self.catalogue.dead_letters, self.codec.encode(letter), message.key)
         except RecordTooLarge:
             # The letter is larger than what is in it. Where it lies can be read there.
-            from msgspec.structs import replace
-
             bare = replace(letter, key=None, value=None)
             await self.send(self.catalogue.dead_letters, self.codec.encode(bare))
 

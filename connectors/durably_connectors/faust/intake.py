@@ -70,7 +70,7 @@ class Intake:
             if self._ending:  # it will be delivered again
                 self._room.release()
                 continue
-            message = message_of(event)
+            message = message_of(event.message)
             lane = self._handler.lane(message)
             before = None if lane is None else self._last.get(lane)
             task = asyncio.create_task(self._finish(event, message, before))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 if TYPE_CHECKING:
-    from faust.types import EventT
+    from faust.types import Message as RawMessage
 
 _LONGEST_TOPIC = 100  # characters of a topic's name in a name that is derived
 
@@ -47,14 +47,13 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
         return f"{topic}-{self.partition}-{self.offset}-{self.timestamp}"
 
 
-def message_of(event: EventT[Any]) -> Message:
-    """A Faust event whose key and value are bytes."""
-    raw = event.message
+def message_of(raw: RawMessage) -> Message:
+    """A message of Faust's, with its key and value as bytes."""
     return Message(
         topic=raw.topic,
         partition=raw.partition,
         offset=raw.offset,
-        timestamp=round(raw.timestamp * 1000),
+        timestamp=round((raw.timestamp or 0) * 1000),
         key=raw.key,
         value=raw.value,
         headers={name: value or b"" for name, value in _pairs(raw.headers)},

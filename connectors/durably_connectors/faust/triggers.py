@@ -11,6 +11,7 @@ from durably.authoring import WorkflowDefinition
 from durably.client.starting import StartOptions, call
 from durably.durations import Duration, milliseconds
 from durably.errors import BrokerError, ConfigurationError, HookNotFoundError, RecordTooLarge
+from msgspec.structs import replace
 
 from durably_connectors.faust.declared import IGNORE, declared
 from durably_connectors.faust.intake import Later
@@ -97,8 +98,7 @@ class _Trigger:
         return None if message.key is None else (message.partition, message.key)
 
     async def handle(self, message: Message) -> None:
-        value = await self._decode(message.value)
-        decoded = _with(message, value)
+        decoded = replace(message, value=await self._decode(message.value))
         made = self._fn(decoded)
         if made is not IGNORE:
             await self._act(decoded, made)
@@ -174,9 +174,3 @@ def named(namer: Namer, message: Message) -> str:
     if not isinstance(message.value, Mapping):
         raise TypeError(f"{namer!r} names fields, and the value is a {type(message.value).__name__}")
     return namer.format_map(message.value)
-
-
-def _with(message: Message, value: Any) -> Message:
-    from msgspec.structs import replace
-
-    return replace(message, value=value)

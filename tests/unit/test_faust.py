@@ -911,3 +911,20 @@ def test_an_outcome_is_passed_on_under_its_run_and_seq(broker):
     assert (two.key, two.value) == (b"completed", b"raw")
     assert issubclass(ConfigurationError, DurablyError)
     assert Outcome.__struct_fields__[:2] == ("run_id", "seq")
+def test_a_run_with_many_open_steps_has_small_rows_and_leaves_none():
+    begun = [ev.event("wide", 1, 5, ev.RunCreated(workflow="w", input=NOTHING))]
+    called = ev.StepCreated(step="pay", queue="default", input=NOTHING, fingerprint="f", max_retries=0,
+                            backoff=ev.Backoff(initial_ms=1, factor=2, max_ms=3))  # fmt: skip
+    begun += [ev.event("wide", n, 5, called, f"s{n}") for n in range(2, 500)]
+    rows = counted(begun)
+    assert len(rows) > 500
+    assert max(len(row) for _, row in rows.changes) < 200
+    ended = ev.event("wide", 500, 9, ev.RunCancelled())
+    tally.count(rows, 0, len(begun), ended)
+    (runs, steps), _ = zip(
+        *((c, key) for key, c in tally.counts(rows.items()) if key.window == tally.TOTAL), strict=True
+    )
+    assert (runs.cancelled, steps.started) == (1, 498)
+    assert len(rows) == 4
+
+

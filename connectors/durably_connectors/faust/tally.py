@@ -1,9 +1,9 @@
 """What a monitor counts, as rows of a table: pure, so that a redelivered event is seen not to count twice.
 
-The rows of one partition come of its events alone, and each carries the offset of the last event that changed it: one
-with a lower or the same offset changes it no more. An event changes the rows that count before the row of its run, and a
-changelog keeps that order; so whatever of a changelog has survived, reading on from an earlier event gives what reading
-once would have given.
+The rows of one partition come of its events alone, and each that counts carries the offset of the last event that changed
+it: one with a lower or the same offset changes it no more. An event changes the rows that count, then the row of its step,
+then the row of its run, and a changelog keeps that order; so whatever of a changelog has survived, reading on from an
+earlier event gives what reading once would have given.
 """
 
 from __future__ import annotations
@@ -88,19 +88,28 @@ class Count(msgspec.Struct, array_like=True):
 
 
 class _Run(msgspec.Struct, array_like=True):
-    """A run that goes on: since when, and its open steps by correlation ID, each with its name and since when."""
+    """A run that goes on: since when, and how many rows there are of its steps, at most."""
 
     offset: int
     workflow: str
     created_at: int
-    steps: dict[str, tuple[str, int]] = {}
+    steps: int = 0
 
 
-_key_encoder = msgspec.msgpack.Encoder()
+class _Step(msgspec.Struct, array_like=True):
+    """A step that was called and has not ended."""
+
+    name: str
+    created_at: int
+
+
+_encoder = msgspec.msgpack.Encoder()
 _keys = msgspec.msgpack.Decoder(Key)
 _counts = msgspec.msgpack.Decoder(Count)
 _runs = msgspec.msgpack.Decoder(_Run)
+_steps = msgspec.msgpack.Decoder(_Step)
 _RUN = b"run|"
+_STEP = b"|"  # stands between a run's ID and that of its step; no run's ID has it
 
 
 def count(rows: Rows, partition: int, offset: int, event: Event) -> None:
@@ -108,28 +117,34 @@ def count(rows: Rows, partition: int, offset: int, event: Event) -> None:
     if isinstance(event.data, ev.TokenClaimed | ev.TokenReleased):
         return
     name = _RUN + event.run_id.encode()
-    if isinstance(event.data, ev.RunCreated):
-        run = _Run(offset, event.data.workflow, event.at)
-    elif (found := rows.get(name)) is not None:
-        run = _runs.decode(found)
-    else:  # it ended, and this event comes again; or its beginning is gone
+    found = rows.get(name)
+    run = None if found is None else _runs.decode(found)
+    if isinstance(event.data, ev.RunCreated) and (run is None or run.offset < offset):
+        run = _Run(-1, event.data.workflow, event.at)
+    if run is None:  # it ended, and this event comes again; or its beginning is gone
         return
     table = _Table(rows, partition, offset, event.at, run.workflow)
-    over = _apply(table, run, event)
-    if over:
-        if name in rows:
+    if _of_run(table, run, event):
+        if run.steps:
+            for of_step in [key for key, _ in rows.items() if key.startswith(name + _STEP)]:
+                del rows[of_step]
+        if found is not None:
             del rows[name]
-    elif run.offset <= offset:
+        return
+    more = _of_step(table, name + _STEP + (event.correlation_id or "").encode(), event)
+    if run.offset < offset:
         run.offset = offset
-        rows[name] = _key_encoder.encode(run)
+        run.steps += more
+        rows[name] = _encoder.encode(run)
 
 
-def _apply(table: _Table, run: _Run, event: Event) -> bool:
-    """Changes the rows that count, then the run itself. Whether it has ended."""
-    step = run.steps.get(event.correlation_id or "")
+def _of_run(table: _Table, run: _Run, event: Event) -> bool:
+    """Counts what became of a run. Whether it has ended."""
     match event.data:
         case ev.RunCreated():
             table.bump("", "started")
+        case ev.RunBlocked():
+            table.bump("", "blocked")
         case ev.RunCompleted():
             table.bump("", "completed", event.at - run.created_at)
             return True
@@ -139,30 +154,41 @@ def _apply(table: _Table, run: _Run, event: Event) -> bool:
         case ev.RunCancelled():
             table.bump("", "cancelled", event.at - run.created_at)
             return True
-        case ev.RunBlocked():
-            table.bump("", "blocked")
-        case ev.StepCreated(step=called):
-            table.bump(called, "started")
-            run.steps = {**run.steps, event.correlation_id or "": (called, event.at)}
-        case ev.StepRetrying() if step is not None:
-            table.bump(step[0], "retried")
-        case ev.StepCompleted() if step is not None:
-            table.bump(step[0], "completed", event.at - step[1])
-            del run.steps[event.correlation_id or ""]
-        case ev.StepFailed() if step is not None:
-            table.bump(step[0], "failed", event.at - step[1])
-            del run.steps[event.correlation_id or ""]
-        case ev.StepCancelled() if step is not None:
-            table.bump(step[0], "cancelled")
-            del run.steps[event.correlation_id or ""]
     return False
+
+
+def _of_step(table: _Table, name: bytes, event: Event) -> int:
+    """Counts what became of a step, which has this row while it is open. How many rows there are more."""
+    rows = table.rows
+    if isinstance(event.data, ev.StepCreated):
+        table.bump(event.data.step, "started")
+        rows[name] = _encoder.encode(_Step(event.data.step, event.at))
+        return 1
+    found = rows.get(name)
+    if found is None:
+        return 0
+    step = _steps.decode(found)
+    match event.data:
+        case ev.StepRetrying():
+            table.bump(step.name, "retried")
+            return 0
+        case ev.StepCompleted():
+            table.bump(step.name, "completed", event.at - step.created_at)
+        case ev.StepFailed():
+            table.bump(step.name, "failed", event.at - step.created_at)
+        case ev.StepCancelled():
+            table.bump(step.name, "cancelled")
+        case _:
+            return 0
+    del rows[name]
+    return -1
 
 
 class _Table:
     """The rows that one event may change."""
 
     def __init__(self, rows: Rows, partition: int, offset: int, at: int, workflow: str) -> None:
-        self._rows = rows
+        self.rows = rows
         self._partition = partition
         self._offset = offset
         self._windows = (at // MINUTE * MINUTE, TOTAL)
@@ -171,8 +197,8 @@ class _Table:
     def bump(self, step: str, what: str, milliseconds: int | None = None) -> None:
         """One more of something, in its minute and in all."""
         for window in self._windows:
-            name = _key_encoder.encode(Key(self._partition, window, self._workflow, step))
-            found = self._rows.get(name)
+            name = _encoder.encode(Key(self._partition, window, self._workflow, step))
+            found = self.rows.get(name)
             row = Count() if found is None else _counts.decode(found)
             if row.offset >= self._offset:
                 continue
@@ -180,7 +206,7 @@ class _Table:
             setattr(row, what, getattr(row, what) + 1)
             if milliseconds is not None:
                 row.took(max(0, milliseconds))
-            self._rows[name] = _key_encoder.encode(row)
+            self.rows[name] = _encoder.encode(row)
 
 
 def counts(rows: Iterable[tuple[bytes, bytes | None]]) -> Iterator[tuple[Key, Count]]:
@@ -194,4 +220,4 @@ def expire(rows: Rows, partition: int, before: int) -> None:
     """Drops a partition's minutes that began before an instant."""
     for key, _ in list(counts(list(rows.items()))):
         if key.partition == partition and TOTAL < key.window < before:
-            del rows[_key_encoder.encode(key)]
+            del rows[_encoder.encode(key)]

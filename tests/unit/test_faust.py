@@ -15,7 +15,15 @@ import msgspec
 import pytest
 from aiohttp import web
 from durably.cli import connectors as command
-from durably.errors import BrokerUnreachable, ConfigurationError, DurablyError, Fenced, RecordTooLarge
+from durably.errors import (
+    BrokerUnreachable,
+    ConfigurationError,
+    DurablyError,
+    Fenced,
+    HookNotFoundError,
+    RecordTooLarge,
+    RunNotFoundError,
+)
 from durably.identifiers import checked_run_id
 from durably.settings import Settings
 from durably_connectors.faust import (
@@ -47,7 +55,7 @@ from durably_connectors.faust.transport import Ledger
 from durably_schemas import Catalogue, Codec
 from durably_schemas import events as ev
 from durably_schemas.codec import MARKER, fingerprint_of
-from durably_schemas.records import DeadLetter, Error, Payload, StartRun
+from durably_schemas.records import DeadLetter, Error, Payload, RunSummary, StartRun
 from fake_broker import FakeBroker
 from faust.exceptions import ValueDecodeError
 from faust.types import TP
@@ -583,8 +591,6 @@ def test_a_key_names_the_run_and_ignore_starts_none(fresh, broker):
 
 
 def test_a_payment_waits_for_its_hook_and_for_the_engine_and_keeps_its_name(fresh, broker):
-    from durably.errors import HookNotFoundError
-
     @trigger(topic="payments", token="payment-{number}")
     def payment(m):
         return m.value["cents"]
@@ -596,8 +602,6 @@ def test_a_payment_waits_for_its_hook_and_for_the_engine_and_keeps_its_name(fres
 
 
 def test_a_payment_that_nobody_waits_for_is_a_dead_letter_in_the_end(fresh, broker):
-    from durably.errors import HookNotFoundError
-
     @trigger(topic="payments", token="payment-{number}", patience="20ms")
     def lost_payment(m):
         return m.value
@@ -928,3 +932,34 @@ def test_a_run_with_many_open_steps_has_small_rows_and_leaves_none():
     assert len(rows) == 4
 
 
+def test_an_outcome_whose_result_was_purged_is_a_dead_letter_and_not_none(fresh, broker):
+    passed, answers = [], ["parcel-5", RunNotFoundError("purged", "run-5")]
+
+    class To:
+        def topics(self):
+            return []
+
+        async def put(self, row, delivery):
+            passed.append(row)
+
+    @sink(To(), outcomes={"ship"})
+    def shipped(outcome: Outcome):
+        return outcome.result
+
+    class Engine:
+        def get_run(self, run_id):
+            return self
+
+        async def result(self, _):
+            if isinstance(answer := answers.pop(0), Exception):
+                raise answer
+            return answer
+
+    summary = RunSummary(run_id="run-5", workflow="ship", status="completed", created_at=1, events=7, completed_at=3)
+    for one in (summary, summary, msgspec.structs.replace(summary, workflow="other"),
+                msgspec.structs.replace(summary, status="running", completed_at=None)):  # fmt: skip
+        handled_by(fresh, broker, message(CODEC.encode(one)), Engine())
+    handled_by(fresh, broker, message(None), Engine())
+    assert passed == [Row(run_id="run-5", seq=7, at=3, kind="completed", workflow="ship", value="parcel-5")]
+    (letter,) = letters(broker)
+    assert letter.reason.startswith("RunNotFoundError")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 from durably.authoring import WorkflowDefinition
-from durably.errors import BrokerError, ConfigurationError, RunNotFoundError
+from durably.errors import BrokerError, ConfigurationError
 from durably.jsonable import to_json
 from durably_schemas import Codec
 from durably_schemas.events import TYPE_OF
@@ -38,7 +38,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         attributes: of the run.
         created_at: milliseconds since the epoch.
         completed_at: likewise.
-        result: what the workflow returned; None where it did not, or where the run has been purged meanwhile.
+        result: what the workflow returned; None where it did not.
         error: what it raised.
     """
 
@@ -228,9 +228,8 @@ class _Outcomes(_Sink):
         return catalogue.runs
 
     async def _result(self, run_id: str) -> Any:
+        """Raises `RunNotFoundError` where the run has been purged meanwhile: its result is gone, and not None."""
         try:
             return await self._app.client.get_run(run_id).result(_ANSWER)
-        except RunNotFoundError:
-            return None
         except (BrokerError, TimeoutError) as e:
             raise Later(str(e)) from e

@@ -790,6 +790,11 @@ def history(runs: int = 4) -> list[ev.Event]:
                            backoff=ev.Backoff(initial_ms=1, factor=2, max_ms=3)),
             ev.StepRetrying(attempt=2, error=Error(type="E", message="m"), retry_at=1),
             ev.StepFailed(attempt=2, error=Error(type="E", message="m")) if n == 1 else
+    trigger(topic="orders", workflow="a")(print)
+    trigger(topic="orders", workflow="b", key="b-{number}")(len)
+    trigger(topic="orders", token="c")(repr)
+    with pytest.raises(ConfigurationError, match="both runs would have one ID"):
+        trigger(topic="orders", workflow="d")(min)
             ev.StepCompleted(attempt=2, result=NOTHING),
             ev.RunFailed(error=Error(type="E", message="m")) if n == 1 else ev.RunCompleted(result=NOTHING),
         ]  # fmt: skip

@@ -56,7 +56,8 @@ def trigger(
         patience: how long a hook may not be there yet, before the message goes to the dead letters.
 
     Raises:
-        ConfigurationError: neither a workflow nor a token, or both; a format that is none.
+        ConfigurationError: neither a workflow nor a token, or both; a format that is none; a second trigger that starts
+            runs for one topic, and none of them has a key.
     """
     if (workflow is None) == (token is None):
         raise ConfigurationError(f"the trigger for topic {topic!r} needs a workflow to start, or the token of a hook")
@@ -69,6 +70,10 @@ def trigger(
             declared.add(_Resume(name, topic, fn, decode, key, token, for_so_long))
         else:
             assert workflow is not None
+            if key is None and any(isinstance(x, _Start) and (x.topic, x.key) == (topic, None) for x in declared.all()):
+                raise ConfigurationError(
+                    f"two triggers start a run for each message of {topic!r}, and both runs would have one ID: give one a key="
+                )
             declared.add(_Start(name, topic, fn, decode, key, workflow))
         return fn
 
@@ -80,18 +85,18 @@ class _Trigger:
 
     def __init__(self, name: str, topic: str, fn: Mapping_, decode: Any, key: Namer | None) -> None:
         self.name = name
-        self._topic = topic
+        self.topic = topic
         self._fn = fn
         self._decode = decode
-        self._key = key
+        self.key = key
         self._app: App
 
     def topics(self, catalogue: Catalogue) -> list[str]:  # noqa: ARG002 - as `Connector` says
-        return [self._topic]
+        return [self.topic]
 
     def attach(self, app: App) -> None:
         self._app = app
-        app.take(self._topic, self)
+        app.take(self.topic, self)
 
     def lane(self, message: Message) -> Hashable:
         """Messages with one key are about one thing, and come in their order."""
@@ -123,7 +128,7 @@ class _Start(_Trigger):
         self._workflow = workflow
 
     async def _act(self, message: Message, made: Any) -> None:
-        run_id = f"wrun-{message.place}" if self._key is None else named(self._key, message)
+        run_id = f"wrun-{message.place}" if self.key is None else named(self.key, message)
         args, kwargs = arguments(made)
         workflow, payload, _ = call(self._workflow, args, kwargs)
         command = StartOptions(run_id=run_id).named().command(workflow, payload)
@@ -142,7 +147,7 @@ class _Resume(_Trigger):
 
     async def _act(self, message: Message, made: Any) -> None:
         token = named(self._token, message)
-        resume_id = message.place if self._key is None else named(self._key, message)
+        resume_id = message.place if self.key is None else named(self.key, message)
         until = time.monotonic() + self._patience
         while True:
             try:

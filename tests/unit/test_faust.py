@@ -873,6 +873,43 @@ def test_a_crash_at_any_point_and_a_redelivery_from_any_earlier_one_count_nothin
 
 
 def test_old_minutes_go_and_totals_stay():
+    for apps, why in (("a = App('a')", "makes its App by itself"), ("a, b = App('a'), App('b')", "has 2 Apps")):
+        module = tmp_path / f"own{len(apps)}.py"
+        module.write_text(f"from durably_connectors.faust import App\n{apps}")
+        with pytest.raises(ConfigurationError, match=why):
+            server.run_connectors(settings, str(module), name="other", port=None, ready=print)
+
+
+@pytest.mark.parametrize("crashes", ["start", "later"])
+def test_an_app_that_crashes_is_stopped_and_says_why(crashes):
+    class Crashing(SimpleNamespace):
+        async def start(self):
+            if crashes == "start":
+                raise OSError("port 8234 is taken")
+            self.crashed, self.crash_reason = True, OSError("port 8234 is taken")
+
+        async def stop(self):
+            self.stopped = True
+
+    app = Crashing(
+        crashed=False, crash_reason=None, stopped=False, on_rebalance_complete=SimpleNamespace(connect=lambda _: None)
+    )
+    with pytest.raises(DurablyError, match="OSError: port 8234 is taken"):
+        asyncio.run(server._run(app, print))
+    assert app.stopped
+
+
+def test_an_app_that_cannot_leave_is_left(monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(server, "_LEAVE", 0.01)
+    monkeypatch.setattr(server.os, "_exit", end)
+    with pytest.raises(Ended, match="1"):
+        asyncio.run(server._left(SimpleNamespace(stop=lambda: asyncio.sleep(60))))
     rows = counted(history())
     tally.count(rows, 1, 0, history()[0])
     tally.expire(rows, 0, 60_000)

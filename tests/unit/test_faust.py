@@ -57,10 +57,13 @@ from durably_schemas import events as ev
 from durably_schemas.codec import MARKER, fingerprint_of
 from durably_schemas.records import DeadLetter, Error, Payload, RunSummary, StartRun
 from fake_broker import FakeBroker
+from faust.events import Event
 from faust.exceptions import ValueDecodeError
 from faust.types import TP
+from faust.types.tuples import ConsumerMessage
 from hypothesis import given
 from hypothesis import strategies as st
+from mode.utils.queues import FlowControlEvent
 from sqlalchemy import create_engine, text
 from sqlalchemy.dialects import postgresql
 from typer.testing import CliRunner
@@ -107,6 +110,7 @@ def letters(broker) -> list[DeadLetter]:
 # -- what may be committed ---------------------------------------------------------------------------------------------
 
 PARTITION = TP("orders", 0)
+CHANGELOG = TP("shop-known-changelog", 0)
 
 
 @given(
@@ -132,7 +136,12 @@ class Faked(transport.Consumer):
     """A consumer without Kafka: the records of one partition, whose committed offset is given."""
 
     def __init__(self, committed):
-        self.app = SimpleNamespace(topics=SimpleNamespace(acks_enabled_for=lambda topic: topic == PARTITION.topic))
+        self.app = SimpleNamespace(
+            topics=SimpleNamespace(acks_enabled_for=lambda topic: topic == PARTITION.topic),
+            tables=SimpleNamespace(changelog_topics={CHANGELOG.topic}),
+            consumer_generation_id=1,
+            flow_control=FlowControlEvent(initially_suspended=False),
+        )
         self.given_out: list[SimpleNamespace] = []
         self.sought: list[TP] = []
         self._at = committed
@@ -147,7 +156,7 @@ class Faked(transport.Consumer):
         self.sought += tps
 
     async def seek_to_committed(self):
-        return {PARTITION: self._at}
+        return {PARTITION: self._at, CHANGELOG: None}
 
     async def read(self, *offsets):
         """Hands records out as Faust does: told of each gap first."""
@@ -155,7 +164,8 @@ class Faked(transport.Consumer):
         for offset in offsets:
             if last is not None and offset - last > 1:
                 await self._add_gap(PARTITION, last + 1, offset)
-            await self._hand_out(Named(topic=PARTITION.topic, tp=PARTITION, offset=offset, acked=False))
+            found = Named(topic=PARTITION.topic, tp=PARTITION, offset=offset, acked=False, generation_id=1)
+            await self._hand_out(found)
             last = offset
 
     def done(self, *offsets):
@@ -197,9 +207,155 @@ def test_a_partition_without_a_committed_offset_is_read_from_its_beginning_again
         await consumer.perform_seek()
 
     asyncio.run(scenario())
-    assert consumer.sought == begins
+    assert consumer.sought == begins  # and no changelog, which is read by itself
     assert consumer._read_offset[PARTITION] == consumer._committed_offset[PARTITION] == (committed or None)
     assert consumer._new_offset(PARTITION) is None
+
+
+def test_what_a_rebalance_skips_is_acknowledged_and_not_committed():
+    consumer = Faked(None)
+    asyncio.run(consumer.read(0, 1, 2))
+    consumer.done(0)
+    consumer.app.flow_control.suspend()
+    consumer.done(1)
+    consumer.app.flow_control.resume()
+    assert consumer._new_offset(PARTITION) == 1
+    consumer.app.consumer_generation_id = 2
+    consumer.done(2)
+    asyncio.run(consumer.read(1, 2))  # again
+    assert consumer._new_offset(PARTITION) == 1
+
+
+def unconnected(scenario) -> None:
+    """Runs a scenario with an app that takes records, but for Kafka."""
+
+    async def whole():
+        app = App("shop", Settings(url="kafka://a:1"))
+        app.consumer_generation_id = 1
+        app.flow_control.resume()
+        await scenario(app)
+        app.consumer._thread.thread_loop.close()
+
+    asyncio.run(whole())
+
+
+def test_what_a_stream_of_ones_own_has_passed_may_be_committed():
+    async def scenario(app):
+        app.consumer._ledger.handed_out(PARTITION, 5)
+        channel = app.raw("orders").clone(is_iterator=True)
+        app.topics._acking_topics.add("orders")
+        found = ConsumerMessage("orders", 0, 5, 1.0, 0, [], b"k", b"v", None, tp=PARTITION, generation_id=1)
+        found.incref()
+        await channel.put(Event(app, b"k", b"v", [], found))
+        records = aiter(app.stream(channel))
+        assert await anext(records) == b"v"
+        assert app.consumer._new_offset(PARTITION) == 5
+        await records.aclose()
+        assert app.consumer._new_offset(PARTITION) == 6
+
+    unconnected(scenario)
+
+
+def test_a_partition_that_goes_leaves_nothing_of_itself(monkeypatch):
+    async def scenario(app):
+        consumer, done = app.consumer, []
+
+        async def note(*of):
+            done.append(of)
+
+        monkeypatch.setattr(consumer, "commit", note)
+        monkeypatch.setattr(consumer, "_on_partitions_revoked", note)
+        consumer._ledger.handed_out(PARTITION, 5)
+        consumer._buffered_partitions.add(PARTITION)
+        assert consumer.flow_active
+        await consumer.on_partitions_revoked({PARTITION})
+        assert done == [(), ({PARTITION},)]  # committed first
+        assert not consumer.flow_active
+        assert not app.flow_control.is_active()
+        assert consumer._ledger.committable(PARTITION) is None
+        consumer.on_buffer_drop(PARTITION)  # its queue has room again
+        assert PARTITION not in consumer._active_partitions
+
+    unconnected(scenario)
+
+
+def test_streams_are_given_nothing_between_their_tables_and_their_offsets():
+    async def scenario(app):
+        told = []
+
+        def note(what):
+            def noted(*_):
+                told.append((what, app.consumer.flow_active, app.flow_control.is_active()))
+
+            return noted
+
+        async def seek():
+            note("sought")()
+
+        async def fetch():
+            note("fetches")()
+
+        consumer = app.consumer
+        consumer.assignment = lambda: {PARTITION}
+        consumer.resume_partitions, consumer.perform_seek = note("opened"), seek
+        app._fetcher = SimpleNamespace(maybe_start=fetch)
+        consumer.resume_flow()  # for the changelogs
+        await app.tables.recovery.on_recovery_completed(1)
+        assert told == [("opened", False, False), ("sought", False, False), ("fetches", True, True)]
+
+    unconnected(scenario)
+
+
+def test_tables_are_waited_for_however_long_kafka_takes():
+    async def scenario(app):
+        answered = asyncio.get_running_loop().create_future()
+        waiting = asyncio.create_task(app.tables.recovery._wait(answered, timeout=0.01))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        answered.set_result(None)
+        await waiting
+
+    unconnected(scenario)
+
+
+def test_a_flush_waits_for_every_acknowledgement_and_tells_of_one_that_failed(monkeypatch):
+    taken = []
+    monkeypatch.setattr(transport.aiokafka.Producer, "send_soon", lambda _, fut: taken.append(fut))
+
+    async def scenario(app):
+        producer = app.producer
+        await producer.flush()
+        for _ in range(2):
+            producer.send_soon(asyncio.get_running_loop().create_future())
+        flushing = asyncio.create_task(producer.flush())
+        taken[0].set_result(None)
+        await asyncio.sleep(0.2)  # Faust gives up after half of this
+        assert not flushing.done()
+        taken[1].set_result(None)
+        await flushing
+        producer.send_soon(asyncio.get_running_loop().create_future())
+        taken[2].set_exception(OSError("lost"))
+        for _ in range(2):  # what is lost stays so
+            with pytest.raises(OSError, match="lost"):
+                await producer.flush()
+
+    unconnected(scenario)
+
+
+def test_a_flush_does_not_wait_for_a_producer_that_has_crashed(monkeypatch):
+    monkeypatch.setattr(transport.aiokafka.Producer, "send_soon", lambda _, fut: None)
+
+    async def scenario(app):
+        app.producer.send_soon(asyncio.get_running_loop().create_future())
+        flushing = asyncio.create_task(app.producer.flush())
+        await asyncio.sleep(0.01)
+        await app.producer.buffer.crash(OSError("too large"))
+        with pytest.raises(OSError, match="too large"):
+            await flushing
+        assert app.crashed
+        await app._producer_flush(app.log)  # nothing keeps it from ending
+
+    unconnected(scenario)
 
 
 def test_what_is_acknowledged_after_a_rebalance_commits_nothing():
@@ -626,6 +782,11 @@ def test_a_declaration_that_cannot_work_is_refused(fresh):
         sink(KafkaTopic("x"), events={"run_ended"})
     with pytest.raises(ConfigurationError, match="less than a minute"):
         monitor(keep="59s")
+    trigger(topic="orders", workflow="a")(print)
+    trigger(topic="orders", workflow="b", key="b-{number}")(len)
+    trigger(topic="orders", token="c")(repr)
+    with pytest.raises(ConfigurationError, match="both runs would have one ID"):
+        trigger(topic="orders", workflow="d")(min)
     monitor()
     with pytest.raises(ConfigurationError, match="two connectors are named"):
         monitor()
@@ -712,6 +873,43 @@ def test_a_module_without_an_app_gets_one_of_its_name(fresh, monkeypatch, tmp_pa
     assert [app.conf.id for app, _ in ran] == ["n.connectors.faustshop", "n.connectors.other"]
     assert [app.conf.web_enabled for app, _ in ran] == [True, False]
     assert [connectors for _, connectors in ran] == [fresh.all()] * 2
+    for apps, why in (("a = App('a')", "makes its App by itself"), ("a, b = App('a'), App('b')", "has 2 Apps")):
+        module = tmp_path / f"own{len(apps)}.py"
+        module.write_text(f"from durably_connectors.faust import App\n{apps}")
+        with pytest.raises(ConfigurationError, match=why):
+            server.run_connectors(settings, str(module), name="other", port=None, ready=print)
+
+
+@pytest.mark.parametrize("crashes", ["start", "later"])
+def test_an_app_that_crashes_is_stopped_and_says_why(crashes):
+    class Crashing(SimpleNamespace):
+        async def start(self):
+            if crashes == "start":
+                raise OSError("port 8234 is taken")
+            self.crashed, self.crash_reason = True, OSError("port 8234 is taken")
+
+        async def stop(self):
+            self.stopped = True
+
+    app = Crashing(
+        crashed=False, crash_reason=None, stopped=False, on_rebalance_complete=SimpleNamespace(connect=lambda _: None)
+    )
+    with pytest.raises(DurablyError, match="OSError: port 8234 is taken"):
+        asyncio.run(server._run(app, print))
+    assert app.stopped
+
+
+def test_an_app_that_cannot_leave_is_left(monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(server, "_LEAVE", 0.01)
+    monkeypatch.setattr(server.os, "_exit", end)
+    with pytest.raises(Ended, match="1"):
+        asyncio.run(server._left(SimpleNamespace(stop=lambda: asyncio.sleep(60))))
 
 
 def test_without_the_extra_the_command_names_it(monkeypatch):
@@ -790,11 +988,6 @@ def history(runs: int = 4) -> list[ev.Event]:
                            backoff=ev.Backoff(initial_ms=1, factor=2, max_ms=3)),
             ev.StepRetrying(attempt=2, error=Error(type="E", message="m"), retry_at=1),
             ev.StepFailed(attempt=2, error=Error(type="E", message="m")) if n == 1 else
-    trigger(topic="orders", workflow="a")(print)
-    trigger(topic="orders", workflow="b", key="b-{number}")(len)
-    trigger(topic="orders", token="c")(repr)
-    with pytest.raises(ConfigurationError, match="both runs would have one ID"):
-        trigger(topic="orders", workflow="d")(min)
             ev.StepCompleted(attempt=2, result=NOTHING),
             ev.RunFailed(error=Error(type="E", message="m")) if n == 1 else ev.RunCompleted(result=NOTHING),
         ]  # fmt: skip
@@ -872,44 +1065,24 @@ def test_a_crash_at_any_point_and_a_redelivery_from_any_earlier_one_count_nothin
     assert counted(log, survived, begin).rows == whole.rows
 
 
-def test_old_minutes_go_and_totals_stay():
-    for apps, why in (("a = App('a')", "makes its App by itself"), ("a, b = App('a'), App('b')", "has 2 Apps")):
-        module = tmp_path / f"own{len(apps)}.py"
-        module.write_text(f"from durably_connectors.faust import App\n{apps}")
-        with pytest.raises(ConfigurationError, match=why):
-            server.run_connectors(settings, str(module), name="other", port=None, ready=print)
-
-
-@pytest.mark.parametrize("crashes", ["start", "later"])
-def test_an_app_that_crashes_is_stopped_and_says_why(crashes):
-    class Crashing(SimpleNamespace):
-        async def start(self):
-            if crashes == "start":
-                raise OSError("port 8234 is taken")
-            self.crashed, self.crash_reason = True, OSError("port 8234 is taken")
-
-        async def stop(self):
-            self.stopped = True
-
-    app = Crashing(
-        crashed=False, crash_reason=None, stopped=False, on_rebalance_complete=SimpleNamespace(connect=lambda _: None)
+def test_a_run_with_many_open_steps_has_small_rows_and_leaves_none():
+    begun = [ev.event("wide", 1, 5, ev.RunCreated(workflow="w", input=NOTHING))]
+    called = ev.StepCreated(step="pay", queue="default", input=NOTHING, fingerprint="f", max_retries=0,
+                            backoff=ev.Backoff(initial_ms=1, factor=2, max_ms=3))  # fmt: skip
+    begun += [ev.event("wide", n, 5, called, f"s{n}") for n in range(2, 500)]
+    rows = counted(begun)
+    assert len(rows) > 500
+    assert max(len(row) for _, row in rows.changes) < 200
+    ended = ev.event("wide", 500, 9, ev.RunCancelled())
+    tally.count(rows, 0, len(begun), ended)
+    (runs, steps), _ = zip(
+        *((c, key) for key, c in tally.counts(rows.items()) if key.window == tally.TOTAL), strict=True
     )
-    with pytest.raises(DurablyError, match="OSError: port 8234 is taken"):
-        asyncio.run(server._run(app, print))
-    assert app.stopped
+    assert (runs.cancelled, steps.started) == (1, 498)
+    assert len(rows) == 4
 
 
-def test_an_app_that_cannot_leave_is_left(monkeypatch):
-    class Ended(BaseException):
-        pass
-
-    def end(status):
-        raise Ended(status)
-
-    monkeypatch.setattr(server, "_LEAVE", 0.01)
-    monkeypatch.setattr(server.os, "_exit", end)
-    with pytest.raises(Ended, match="1"):
-        asyncio.run(server._left(SimpleNamespace(stop=lambda: asyncio.sleep(60))))
+def test_old_minutes_go_and_totals_stay():
     rows = counted(history())
     tally.count(rows, 1, 0, history()[0])
     tally.expire(rows, 0, 60_000)
@@ -955,23 +1128,6 @@ def test_an_outcome_is_passed_on_under_its_run_and_seq(broker):
     assert (one.key, one.value) == (b"r1", b'{"cents":5}')
     assert one.headers == (("durably-run", b"r1"), ("durably-seq", b"3"))
     assert (two.key, two.value) == (b"completed", b"raw")
-    assert issubclass(ConfigurationError, DurablyError)
-    assert Outcome.__struct_fields__[:2] == ("run_id", "seq")
-def test_a_run_with_many_open_steps_has_small_rows_and_leaves_none():
-    begun = [ev.event("wide", 1, 5, ev.RunCreated(workflow="w", input=NOTHING))]
-    called = ev.StepCreated(step="pay", queue="default", input=NOTHING, fingerprint="f", max_retries=0,
-                            backoff=ev.Backoff(initial_ms=1, factor=2, max_ms=3))  # fmt: skip
-    begun += [ev.event("wide", n, 5, called, f"s{n}") for n in range(2, 500)]
-    rows = counted(begun)
-    assert len(rows) > 500
-    assert max(len(row) for _, row in rows.changes) < 200
-    ended = ev.event("wide", 500, 9, ev.RunCancelled())
-    tally.count(rows, 0, len(begun), ended)
-    (runs, steps), _ = zip(
-        *((c, key) for key, c in tally.counts(rows.items()) if key.window == tally.TOTAL), strict=True
-    )
-    assert (runs.cancelled, steps.started) == (1, 498)
-    assert len(rows) == 4
 
 
 def test_an_outcome_whose_result_was_purged_is_a_dead_letter_and_not_none(fresh, broker):

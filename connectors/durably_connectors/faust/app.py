@@ -81,6 +81,8 @@ class App(faust.App):
             "broker_heartbeat_interval": int(self.settings.kafka.get("heartbeat.interval.ms", 1_000)) / 1000,
             "consumer_auto_offset_reset": "earliest",
             "datadir": self.settings.data_dir / f"connectors-{name}",
+            "Stream": Stream,
+            "TableManager": Tables,
             "stream_wait_empty": False,  # what is in the works may wait for minutes, and a rebalance cannot
             "store": "memory://",
             "table_standby_replicas": 0,
@@ -203,7 +205,10 @@ class App(faust.App):
             self._consumer.stop_flow()
         await asyncio.gather(*(intake.drain(_DRAIN) for intake in self._intakes))
         if self._consumer is not None and not self.crashed:
-            await self._consumer.commit()
+            try:
+                await self._consumer.commit()
+            except Exception as e:  # the rest is to be stopped all the same
+                await self.crash(e)
         await super().on_stop()
 
     async def on_shutdown(self) -> None:
@@ -221,5 +226,12 @@ class App(faust.App):
         self.conf.datadir.parent.mkdir(parents=True, exist_ok=True)
         super()._create_directories()
 
+    async def _producer_flush(self, logger: Any) -> None:
+        if not self.crashed:  # what was lost by then is made again by the next process
+            await super()._producer_flush(logger)
+
     def _new_transport(self) -> Transport:
         return Transport(self.conf.broker_consumer, self)
+
+    def _new_producer_transport(self) -> Transport:
+        return Transport(self.conf.broker_producer, self)

@@ -1,30 +1,40 @@
-"""Faust's way to Kafka, mended in three places where it loses records, or shows such as were never committed.
+"""Faust's way to Kafka, mended where it loses records, or shows such as were never committed.
 
 1. *What may be committed.* Faust works out gaps between the offsets that it was told of, and takes the record behind a
    gap for part of it; an aborted transaction, a transaction's marker or compaction makes such gaps. It also overlooks a
    hole of one record, or any hole where nothing is committed yet. With more than one record in the works it therefore
    commits beyond some that are not done (faust#606). Here the offset that may be committed is that of the oldest record
    which was handed out and is not acknowledged, else the one behind the last that was: gaps do not matter.
-2. *Reading on from the committed offset.* aiokafka's ``seek_to_committed`` leaves a partition where it is when its
+2. *Acknowledging what was skipped.* In a rebalance Faust's streams pass over what is left of the generation before, and
+   acknowledge it all the same. Here that does not count: it is read again.
+3. *Acknowledging behind one's back.* Faust's compiled streams write into the consumer rather than tell it. Here they are
+   not used.
+4. *Reading on from the committed offset.* aiokafka's ``seek_to_committed`` leaves a partition where it is when its
    committed offset is 0 or none, after its records were fetched and dropped. Here it then begins at the beginning.
-3. *Isolation.* Faust reads uncommitted unless it writes in transactions itself. The topics of durably are written in
+5. *Flushing before a commit.* Faust gives up after 0.1 s in which nothing was sent, and overlooks the record that is just
+   being handed on; a failure is only logged. What tables were changed by is then committed, and the change is not in
+   their changelog. Here a flush waits for the acknowledgement of all, and raises where one has failed.
+6. *Isolation.* Faust reads uncommitted unless it writes in transactions itself. The topics of durably are written in
    transactions, and what these aborted has never been.
 
 A revoke commits what is acknowledged before the partitions go; Faust forgets it, and repeats up to an interval's worth.
+`durably_connectors.faust.recovery` mends how tables are read back.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import faust
 from faust.transport.drivers import aiokafka
 from faust.types import TP
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 
-    from faust.types import Message
+    from faust.types import FutureMessage, Message
 
 
 class Ledger:
@@ -83,12 +93,17 @@ class Consumer(aiokafka.Consumer):
         await self._deliver(message)
 
     def ack(self, message: Message) -> bool:
-        """Marks a record as done. Whether it was not before."""
+        """Marks a record as done, unless a rebalance has come between: then it may have been skipped, and is read again.
+
+        Returns:
+            Whether it was not marked before.
+        """
         if message.acked:
             return False
         message.acked = True
         self._unacked_messages.discard(message)
-        self._ledger.acknowledged(message.tp, message.offset)
+        if message.generation_id == self.app.consumer_generation_id and self.app.flow_control.is_active():
+            self._ledger.acknowledged(message.tp, message.offset)
         self._n_acked += 1
         return True
 
@@ -96,7 +111,7 @@ class Consumer(aiokafka.Consumer):
         """Reads on from the committed offsets, all of them."""
         self._ledger.forget(self._ledger.partitions())
         committed = await self.seek_to_committed()
-        fresh = [tp for tp, offset in committed.items() if not offset or offset < 0]
+        fresh = [tp for tp, offset in committed.items() if (not offset or offset < 0) and not self._is_changelog_tp(tp)]
         if fresh:
             await self._thread.seek_to_beginning(*fresh)
         for tp, offset in committed.items():
@@ -107,6 +122,11 @@ class Consumer(aiokafka.Consumer):
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
         """Commits what is done, and forgets the rest."""
         await self.commit()
+        # Faust stops what has partitions; one that has none would begin with the next before its tables are read back.
+        self.stop_flow()
+        self.app.flow_control.suspend()
+        # So would a partition whose queue was full, as soon as that is empty.
+        self._buffered_partitions.difference_update(revoked)
         await super().on_partitions_revoked(revoked)
         self._ledger.forget(revoked)
 
@@ -120,7 +140,49 @@ class Consumer(aiokafka.Consumer):
         """Gaps do not matter."""
 
 
+class Producer(aiokafka.Producer):
+    """What writes changelogs. One that has lost a record writes no more: the app ends, and reads its tables again."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unconfirmed: set[FutureMessage] = set()
+        self._failure: BaseException | None = None
+
+    def send_soon(self, fut: FutureMessage) -> None:
+        """Hands a record to the buffer; see `flush`."""
+        self._unconfirmed.add(fut)
+        fut.add_done_callback(self._settled)
+        super().send_soon(fut)
+
+    async def flush(self) -> None:
+        """Returns when all that was handed over is durable. Raises what kept a record from being so."""
+        if self._unconfirmed:
+            await self.wait_first(asyncio.wait(set(self._unconfirmed)))  # or until the producer has crashed
+        lost = self._failure or self.crash_reason
+        if lost is not None:
+            raise lost
+
+    def _settled(self, fut: asyncio.Future[Any]) -> None:
+        self._unconfirmed.discard(cast("FutureMessage", fut))
+        if not fut.cancelled() and fut.exception() is not None:
+            self._failure = fut.exception()
+
+    def _settings_extra(self) -> Mapping[str, Any]:
+        # A batch that is sent again must not come behind later ones: the newest row of a key is the one that counts.
+        return {"acks": "all", "enable_idempotence": True}
+
+
+class Stream(faust.Stream[Any]):
+    """A stream that tells the consumer what it acknowledges."""
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        records = cast("AsyncGenerator[Any, None]", self._py_aiter())
+        self._active_agens.add(records)
+        return records
+
+
 class Transport(aiokafka.Transport):
-    """Kafka by aiokafka, with our consumer."""
+    """Kafka by aiokafka, with our consumer and our producer."""
 
     Consumer = Consumer
+    Producer = Producer

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sqlite3
 import subprocess
+import time
 import urllib.request
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ from durably.broker.port import TP, Message
 from durably_schemas.catalogue import Topic
 from durably_schemas.records import DeadLetter, Event, StartRun
 from harness import until
-from installation import Installation
+from installation import SESSION, Installation
 from kafka_cluster import free_port
 
 if TYPE_CHECKING:
@@ -164,6 +166,33 @@ def test_a_payment_resumes_the_run_that_waits_for_it_or_will_once(shop):
     (letter,) = until(lambda: shop.read(shop.catalogue.dead_letters, DeadLetter))
     assert letter.value == b'{"number": 404}'
     assert "HookNotFoundError" in letter.reason
+
+
+def test_a_broker_that_is_away_is_waited_for_and_keeps_nobody_from_leaving(own_kafka, namespace, tmp_path):
+    with closing(Shop(own_kafka.bootstrap, namespace, tmp_path)) as shop:
+        port = free_port()
+        environment = {"TABLE": f"sqlite:///{tmp_path}/outcomes.db", "DURABLY_CONNECTORS_PORT": str(port)}
+        shop.start("processor", "p")
+        connectors = shop.start("connectors", "c", environment=environment)
+
+        def settled(n: int) -> bool:
+            return sum(x["completed"] for x in totals(port)) == n
+
+        shop.put("orders", *({"number": n} for n in range(30)))
+        own_kafka.pause()
+        time.sleep(2 * SESSION)
+        own_kafka.unpause()
+        shop.put("orders", *({"number": n} for n in range(30, 60)))
+        until(lambda: settled(60), 90)
+        assert connectors.poll() is None
+        shop.put("orders", *({"number": n} for n in range(60, 90)))
+        own_kafka.pause()
+        connectors.terminate()
+        connectors.wait(40)
+        own_kafka.unpause()
+        shop.start("connectors", "c", environment=environment)
+        until(lambda: settled(90), 90)
+        assert set(shop.created().values()) == {1}
 
 
 def test_outcomes_events_and_counts_are_the_same_when_everything_is_delivered_again(shop, tmp_path):

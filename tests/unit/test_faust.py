@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import MutableMapping
 from io import BytesIO
@@ -897,6 +898,19 @@ def test_an_app_that_crashes_is_stopped_and_says_why(crashes):
     with pytest.raises(DurablyError, match="OSError: port 8234 is taken"):
         asyncio.run(server._run(app, print))
     assert app.stopped
+
+
+def test_what_breaks_while_an_app_is_stopped_is_no_crash():
+    class Stopping(SimpleNamespace):
+        async def start(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        async def stop(self):
+            self.crashed, self.crash_reason = True, AssertionError()
+
+    app = Stopping(crashed=False, crash_reason=None, on_rebalance_complete=SimpleNamespace(connect=lambda _: None))
+    asyncio.run(server._run(app, print))
+    assert app.crashed
 
 
 def test_an_app_that_cannot_leave_is_left(monkeypatch):

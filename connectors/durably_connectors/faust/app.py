@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from durably_connectors.faust.declared import Connector
 
 OnEvent = Callable[["EventT[Any]"], Awaitable[None]]
+
+logger = logging.getLogger("durably.connectors")
 
 KAFKA = "kafka://"
 PORT = 8234
@@ -208,6 +211,7 @@ class App(faust.App):
             try:
                 await self._consumer.commit()
             except Exception as e:  # the rest is to be stopped all the same
+                logger.warning("the last commit failed, and what it was for is delivered again: %s", e)
                 await self.crash(e)
         await super().on_stop()
 

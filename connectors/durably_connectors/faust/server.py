@@ -77,19 +77,20 @@ async def _run(app: App, ready: Callable[[App], None]) -> None:
             ready(app)
 
     app.on_rebalance_complete.connect(assigned)
-    crash: BaseException | None = None
+    crash: BaseException | None
     try:
         await app.start()
         ending = asyncio.create_task(ended.wait())
         while not ending.done() and not app.crashed:
             await asyncio.wait([ending], timeout=_LOOK)
         ending.cancel()
+        crash = app.crash_reason if app.crashed else None
     except Exception as e:  # such as a port that is taken
         crash = e
     finally:
         await _left(app)
-    crash = crash or app.crash_reason
     if crash is not None:
+        logger.error("the app crashed", exc_info=crash)  # Faust tells nobody where
         raise DurablyError(f"Faust gave up: {type(crash).__name__}: {crash}") from crash
 
 

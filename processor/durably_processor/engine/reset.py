@@ -8,6 +8,7 @@ must not pass for what has run; ids of children and tokens stay, since the code 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import msgspec
 from durably_schemas import events as ev
@@ -16,6 +17,8 @@ from durably_schemas.records import Event
 
 from durably_processor.engine.execution import is_command, is_delivery, step_id
 from durably_processor.engine.state import Header, OpenHook, RunState, created
+
+_RUN_ENDS = (ev.RunCompleted, ev.RunFailed, ev.RunCancelled)
 
 
 class CannotReset(Exception):
@@ -49,7 +52,7 @@ def _check_cut(log: Sequence[Event], count: int) -> None:
     if not 1 <= count <= len(log):
         raise CannotReset(f"there is no event {count}: the log has events 1 to {len(log)}")
     last = log[count - 1]
-    if isinstance(last.data, ev.RunCompleted | ev.RunFailed | ev.RunCancelled):
+    if isinstance(last.data, _RUN_ENDS):
         raise CannotReset(f"event {count} is the run's end: reset to an earlier one")
     blocked: int | None = None
     for event in log[:count]:
@@ -61,13 +64,20 @@ def _check_cut(log: Sequence[Event], count: int) -> None:
         raise CannotReset(
             f"the run was blocked from event {blocked} on: reset to event {blocked - 1} or an earlier one"
         )
-    if count < len(log) and is_command(log[count].data) and not is_delivery(last.data):
-        cause = next(event.seq for event in reversed(log[:count]) if is_delivery(event.data))
-        end = next((event.seq for event in log[count:] if not is_command(event.data)), len(log) + 1) - 1
+    cause = next((event.seq for event in reversed(log[:count]) if is_delivery(event.data)), None)
+    led_to = list(takewhile(_is_of_code, log[count:]))
+    if cause is not None and cause < count and led_to:
+        end = led_to[-1]
+        whole = "" if isinstance(end.data, _RUN_ENDS) else f", or to event {end.seq}"
         raise CannotReset(
-            f"event {count} is one of those that event {cause} led to, up to {end}: reset to event {cause}, and the "
-            f"code decides anew, or to event {end}"
+            f"event {count} is one of those that event {cause} led to, up to {end.seq}: reset to event {cause}, and the "
+            f"code decides anew{whole}"
         )
+
+
+def _is_of_code(event: Event) -> bool:
+    """Whether the code caused this event. A run that is reset is ended by its processor."""
+    return is_command(event.data) and not (isinstance(event.data, ev.RunCancelled) and event.data.successor is not None)
 
 
 def _check_hooks(state: RunState, header: Header, command: rec.ResetRun) -> None:

@@ -260,6 +260,25 @@ def test_what_is_committed_is_counted_by_workflow_and_step(tmp_path):
     assert (observer.commits.count, observer.records.count) == (7, 7), "one for each transaction"
 
 
+@pytest.mark.usefixtures("guarded")
+def test_what_a_run_was_copied_with_is_not_counted_again(tmp_path):
+    lab, observer = watched(tmp_path)
+    lab.registry.steps["doing"] = registry.steps["doing"]
+    part = settle(lab, observer, lab.start("chain", 3))
+    for _ in range(2):
+        part = settle(lab, observer, lab.answer(requests(part, early=True)[0]))
+    back = rec.ResetRun(run_id="r1", new_run_id="r2", to_event=9, requested_at=0)
+    ended = settle(lab, observer, lab.put(CATALOGUE.commands, back))
+    through(lab, observer, settle(lab, observer, *lab.signals(ended)))
+    assert told(observer) == {
+        ("durably_runs_started_total", ("chain",)): 2,
+        ("durably_runs_finished_total", ("chain", "cancelled")): 1,
+        ("durably_runs_finished_total", ("chain", "completed")): 1,
+        ("durably_steps_requested_total", ("doing", "default")): 4,
+        ("durably_steps_completed_total", ("doing",)): 3,
+    }
+
+
 def test_a_histogram_counts_into_buckets_as_prometheus_has_them():
     histogram = Histogram((0.1, 1.0))
     for value in (0.05, 0.1, 0.5, 7):

@@ -480,7 +480,11 @@ def test_a_round_trip_through_a_queue_leaves_no_run_behind(lab):
     assert "durably topics create --queue nowhere" in part.answers[0][1]().message
 
 
-@pytest.mark.parametrize("step_id", ["step_1", "durably.health/1/2", "durably.health/x/2/r", "durably.health/-1/2/r"])
+@pytest.mark.parametrize(
+    "step_id",
+    ["step_1", "durably.health/1/2", "durably.health/x/2/r", "durably.health/-1/2/r", "durably.health//2/r",
+     f"durably.health/{'9' * 5_000}/2/r"],
+)  # fmt: skip
 def test_a_step_of_a_run_is_no_round_trip(step_id):
     assert health.Asker.of(step_id) is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import logging
@@ -365,6 +366,15 @@ def test_the_endpoint_says_whether_all_parts_live_and_are_ready():
         assert ask(f"{endpoint.url}/")[0] == 404
         with pytest.raises(ConfigurationError, match="choose another with --metrics"):
             Endpoint(endpoint.url.removeprefix("http://"), [])
+
+
+def test_a_part_that_fails_to_tell_is_told_of_in_the_log(caplog):
+    part = SimpleNamespace(dead=None, unready=None, samples=lambda: 1 // 0)
+    with closing(Endpoint("0", [part])) as endpoint:
+        with pytest.raises(http.client.RemoteDisconnected):
+            ask(f"{endpoint.url}/metrics")
+        assert ask(f"{endpoint.url}/livez") == (200, "ok\n")
+    assert "ZeroDivisionError" in caplog.text
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:port", "host:99999", "[::1"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
@@ -95,7 +95,7 @@ class Environment:
         self,
         registry: Registry,
         max_record_bytes: int,
-        queues: Collection[str],
+        queues: Container[str],
         watch: Callable[[str], AbstractContextManager[Any]],
         gateway_url: str | None = None,
         *,
@@ -211,6 +211,11 @@ class Execution:
         after the last copied event is its own.
         """
         return next((origin.run_id for origin in self._origins if seq < origin.events), self._steps_of)
+
+    @property
+    def begun(self) -> bool:
+        """The workflow's code has been called."""
+        return self._main is not None
 
     def _conclude(self) -> None:
         if self._obstacle is not None:
@@ -576,7 +581,7 @@ class _Replaying:
             backlog, self._backlog = self._backlog or [], None
             for delivery in backlog:
                 self._deliver(delivery)
-        elif self._is_superfluous(data):
+        elif self._is_superfluous(data) or self._was_ended(data):
             pass
         elif is_command(data):
             _compare(event, self._pending.popleft() if self._pending else None)
@@ -599,6 +604,12 @@ class _Replaying:
             return False
         asked = self._pending[0].data if self._pending else None
         return not isinstance(asked, ev.PatchMarked) or asked.patch_id != data.patch_id
+
+    def _was_ended(self, data: ev.EventData) -> bool:
+        """The run's end, where it was not its code's: the run had not begun, or was blocked, or reset."""
+        return isinstance(data, ev.RunCancelled) and (
+            not self._execution.begun or self._backlog is not None or data.successor is not None
+        )
 
     def end(self) -> Replayed:
         if self._pending and self._backlog is None and not self._cut:

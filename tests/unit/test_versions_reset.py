@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import random
 import uuid
 from typing import Any
@@ -107,6 +108,26 @@ def test_a_patch_is_new_to_what_follows_the_cut_and_not_to_what_precedes_it():
     old.result(old.open[0])
     new = back_to(old, seq_of(old, "step_completed", 2), mended)
     assert finish(new) == [False, True]
+
+
+def test_what_the_code_says_behind_the_cut_is_logged_and_what_it_says_before_is_not_said_again(caplog):
+    async def wf():
+        try:
+            for n in range(3):
+                logging.getLogger("app").warning("asks for %s", n)
+                await work(n)
+        finally:
+            logging.getLogger("app").warning("is through")
+
+    old = Bench(wf)
+    old.result(old.open[0])
+    caplog.clear()
+    new = back_to(old, seq_of(old, "step_completed"))
+    new.run.evict()
+    new.result(new.open[0])
+    assert caplog.messages == ["asks for 1", "asks for 2"]
+    new.result(new.open[0])
+    assert caplog.messages[2:] == ["is through"]
 
 
 def test_a_run_goes_back_to_its_very_beginning_and_before_a_delay_is_over():

@@ -147,7 +147,7 @@ class Execution:
 
     Attributes:
         ended: the workflow has returned or raised.
-        replaying: it does what it has done before.
+        recorded: the patches of its log while it does what it has done before; None: what it does is new.
     """
 
     def __init__(self, run_id: str, created: ev.RunCreated, environment: Environment) -> None:
@@ -175,12 +175,11 @@ class Execution:
         self._attributes: dict[str, str] = dict(created.attributes)
         self._commands: dict[str, Command] = {}  # by what they are about, in the order they arose
         self._patches: dict[str, bool] = {}  # as the run was answered first
-        self.recorded: Collection[str] | None = None  # the log's patches, while it is replayed; None: this is new
+        self.recorded: Collection[str] | None = None
         self._obstacle: BaseException | None = None
         self._cancel_reason: str | None = None
         self._cancelling = False
         self.ended = False
-        self.replaying = False
 
     # -- driven by the run -----------------------------------------------------------------------------------------
 
@@ -216,6 +215,11 @@ class Execution:
     def begun(self) -> bool:
         """The workflow's code has been called."""
         return self._main is not None
+
+    @property
+    def replaying(self) -> bool:
+        """It does what it has done before."""
+        return self.recorded is not None
 
     def _conclude(self) -> None:
         if self._obstacle is not None:
@@ -569,7 +573,6 @@ class _Replaying:
         self._cut = cut
         self._patches = frozenset(e.data.patch_id for e in log if isinstance(e.data, ev.PatchMarked))
         self._unanswered = _unanswered(log, cut=cut)
-        execution.replaying = True
         self._pending: deque[Command] = deque()
         self._backlog: list[Event] | None = None  # a list while the log has the run blocked
 
@@ -614,7 +617,6 @@ class _Replaying:
     def end(self) -> Replayed:
         if self._pending and self._backlog is None and not self._cut:
             _diverged(None, self._pending[0])
-        self._execution.replaying = False
         return Replayed(self._execution, self._pending, self._backlog or [])
 
 

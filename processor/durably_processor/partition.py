@@ -429,7 +429,8 @@ class Partition:
             return
         run = entry.run
         try:
-            log = copied(list(self._history(record.run_id)(1)), run.state.header, record)
+            whole = list(self._history(record.run_id)(1))
+            log = copied(whole, run.state.header, record, self._environment.queues)
             seed = rec.RunCopied(
                 run_id=record.new_run_id,
                 events=tuple(self._codec.encode(event) for event in log),

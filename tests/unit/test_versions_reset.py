@@ -37,7 +37,7 @@ def asked(n: int, new: str = "wrun_2", of: str = "wrun_1") -> rec.ResetRun:
 def back_to(bench: Bench, n: int, fn: Any = None, new: str = "wrun_2") -> Bench:
     """A bench for the run that goes on from event n, with other code where that is given; the old one is ended."""
     command = asked(n, new, bench.run.state.header.run_id)
-    log = copied(list(bench.log), bench.run.state.header, command)
+    log = copied(list(bench.log), bench.run.state.header, command, bench.environment.queues)
     bench.take(bench.run.reset(n, new, command.reason, bench.now))
     made = copy.copy(bench)
     made.log, made.open, made.signals, made.commands, made.queues = [], [], [], [], []
@@ -181,6 +181,16 @@ def test_where_a_log_cannot_be_cut_it_says_where_it_can():
     finish(old)
     with pytest.raises(CannotReset, match="the run's end"):
         back_to(old, len(old.log))
+
+
+def test_a_step_that_is_open_and_has_no_queue_any_more_is_not_begun_anew():
+    old = Bench(three_steps)
+    old.result(old.open[0])
+    old.environment.queues = {"other"}
+    with pytest.raises(CannotReset, match=r"topics create --queue default`.* reset to event 5 or an earlier one"):
+        back_to(old, 6)
+    assert not old.run.state.terminal
+    back_to(old, 5)
 
 
 def test_the_runs_end_is_not_offered_as_a_place_to_cut_at():

@@ -7,7 +7,7 @@ must not pass for what has run; ids of children and tokens stay, since the code 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import takewhile
 
 import msgspec
@@ -16,7 +16,7 @@ from durably_schemas import records as rec
 from durably_schemas.records import Event
 
 from durably_processor.engine.execution import is_command, is_delivery, step_id
-from durably_processor.engine.state import Header, OpenHook, RunState, created
+from durably_processor.engine.state import Header, OpenHook, OpenStep, RunState, created
 
 _RUN_ENDS = (ev.RunCompleted, ev.RunFailed, ev.RunCancelled)
 
@@ -25,13 +25,14 @@ class CannotReset(Exception):
     """The log cannot be cut there; says why, and what can be done."""
 
 
-def copied(log: Sequence[Event], header: Header, command: rec.ResetRun) -> list[Event]:
+def copied(log: Sequence[Event], header: Header, command: rec.ResetRun, queues: Container[str]) -> list[Event]:
     """The first events of a run under a new run's id, then the payloads that hooks which are open at the cut received later.
 
     Args:
         log: of the run that is reset.
         header: of the same.
         command: where to cut, and the new run's id.
+        queues: those whose topic exists.
 
     Raises:
         CannotReset: not there.
@@ -41,6 +42,7 @@ def copied(log: Sequence[Event], header: Header, command: rec.ResetRun) -> list[
     state = created(kept[0])
     for event in kept:
         state.apply(event)
+    _check_steps(state, queues)
     _check_hooks(state, header, command)
     granted = {hook_id for hook_id, item in state.items.items() if isinstance(item, OpenHook) and not item.claiming}
     later = [e for e in rest if isinstance(e.data, ev.HookReceived) and e.correlation_id in granted]
@@ -78,6 +80,17 @@ def _check_cut(log: Sequence[Event], count: int) -> None:
 def _is_of_code(event: Event) -> bool:
     """Whether the code caused this event. A run that is reset is ended by its processor."""
     return is_command(event.data) and not (isinstance(event.data, ev.RunCancelled) and event.data.successor is not None)
+
+
+def _check_steps(state: RunState, queues: Container[str]) -> None:
+    # They begin anew, and nobody would run them.
+    for item in state.items.values():
+        if isinstance(item, OpenStep) and item.queue not in queues:
+            raise CannotReset(
+                f"step {item.step!r}, which is open there, goes to queue {item.queue!r}, whose topic does not exist: create "
+                f"it with `durably topics create --queue {item.queue}`, then restart the processors; or reset to event "
+                f"{item.seq - 1} or an earlier one"
+            )
 
 
 def _check_hooks(state: RunState, header: Header, command: rec.ResetRun) -> None:

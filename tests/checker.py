@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from durably import health
 from durably.broker.port import TP, End, Message
 from durably_schemas import Codec, CodecError
 from durably_schemas import events as ev
@@ -55,12 +56,14 @@ def read(broker: Broker, topic: str, *, lenient: bool = False) -> list[tuple[Mes
 
 
 def started(broker: Broker, catalogue: Catalogue) -> set[str]:
-    """The runs that anybody asked for, workflows among them, and those that go on where others were."""
+    """The runs that anybody asked for, workflows among them, and those that go on where others were; no round trips."""
     letters = {(x.topic, x.partition, x.offset) for _, x in read(broker, catalogue.dead_letters)}
     return {
         record.run_id
         for message, record in read(broker, catalogue.commands, lenient=True)
-        if isinstance(record, StartRun) and (message.topic, message.partition, message.offset) not in letters
+        if isinstance(record, StartRun)
+        and record.workflow != health.WORKFLOW
+        and (message.topic, message.partition, message.offset) not in letters
     } | {record.run_id for _, record in read(broker, catalogue.signals) if isinstance(record, RunCopied)}
 
 

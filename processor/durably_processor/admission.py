@@ -78,6 +78,10 @@ class Admission:
         elif isinstance(record, rec.ResetRun):
             _run_key(record.new_run_id)
             _check_new_id(record.new_run_id)
+            if record.new_run_id == record.run_id:
+                raise CodecError(
+                    f"run {record.run_id!r} cannot go on in its own place: the new run's id must be another"
+                )
         if isinstance(record, rec.CancelRun | rec.ResetRun) and len(record.reason or "") > LONGEST_REASON:
             raise CodecError(f"a reason of {len(record.reason or ''):,} characters: {LONGEST_REASON:,} at most")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Container
 
 import msgspec
 from durably import payloads
@@ -13,7 +13,7 @@ TIMEOUT_MS = 10_000
 
 
 def requested(
-    record: rec.StartRun, reply_to: rec.ReplyTo, at: int, queues: Collection[str]
+    record: rec.StartRun, reply_to: rec.ReplyTo, at: int, queues: Container[str]
 ) -> tuple[str, rec.StepRequest] | str:
     """The queue that is asked, and its request; or why there is none."""
     queue = record.attributes.get(QUEUE, "default")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from durably.authoring import Registry
@@ -30,6 +30,21 @@ _STEP_ENDS: dict[type, str] = {
 _RUN_ENDS: dict[type, str] = {ev.RunCompleted: "completed", ev.RunFailed: "failed", ev.RunCancelled: "cancelled"}
 _UNCOUNTED = frozenset({ev.StepStarted, ev.WaitCreated, ev.WaitCompleted})
 _DEAD_LETTER: Counter = ("durably_dead_letters_total", ("processor",))
+
+
+def _own(events: Sequence[Event], steps: Container[str]) -> Sequence[Event]:
+    """What of these has happened now. Of what a run was copied with: that it goes on, and the steps that begin anew."""
+    first = events[0].data if events else None
+    if type(first) is not ev.RunCreated or not first.origins:
+        return events
+    kept = first.origins[-1].events
+    return [
+        event
+        for event in events
+        if event.seq > kept
+        or type(event.data) is ev.RunStarted
+        or (type(event.data) is ev.StepCreated and event.correlation_id in steps)
+    ]
 
 
 class Observer:
@@ -73,7 +88,7 @@ class Observer:
         """
         if not self._counting:
             return
-        for event in events:
+        for event in _own(events, steps):
             data = event.data
             kind = type(data)
             if kind in _UNCOUNTED:

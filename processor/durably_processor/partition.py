@@ -87,13 +87,18 @@ class Poisoned(Exception):
 class _Entry:
     """A run in memory. ``turn``: the last that changed it; ``tainted``: the last whose causes were not log-ordered."""
 
-    __slots__ = ("bytes", "counted", "headers", "recent", "resumed", "run", "steps", "stored", "tainted", "turn")
+    __slots__ = (
+        "bytes", "counted", "gathers", "headers", "recent", "resumed", "run", "since", "steps", "stored", "tainted",
+        "turn",
+    )  # fmt: skip
 
-    def __init__(self, run: Run, stored: Stored, headers: Headers, steps: dict[str, str]) -> None:
+    def __init__(self, run: Run, stored: Stored, headers: Headers, steps: dict[str, str], *, gathers: bool) -> None:
         self.run = run
         self.headers = headers  # its trace, for what it asks for
         self.steps = steps  # the names of its open steps by id, for the observer
-        self.recent: list[Event] = []  # its events since it was loaded, where it is replayed always
+        self.gathers = gathers  # whether its log must be readable before all of it is in the store
+        self.since = 0  # the turn from which on it does
+        self.recent: list[Event] = []  # its events from then on
         self.resumed: set[tuple[str, str]] = set()  # (hook, resume) received since it was loaded
         self.stored = stored
         self.turn = 0
@@ -419,43 +424,65 @@ class Partition:
             if record.reply_to is not None:
                 self._answer_about(turn, record.reply_to, record.run_id)
             return
-        if entry.turn > turn.acked:
-            self._resets.append(message)  # the log is read from the store, which must have all of it
+        if not self._readable(entry, turn):
+            self._resets.append(message)
             return
         run = entry.run
         try:
-            log = copied(list(self._history(record.run_id)(1)), run.state.header, record)
+            whole = list(self._history(record.run_id)(1))
+            log = copied(whole, run.state.header, record, self._environment.queues)
             seed = rec.RunCopied(
                 run_id=record.new_run_id,
                 events=tuple(self._codec.encode(event) for event in log),
                 reason=record.reason,
                 reply_to=record.reply_to,
             )
-            size, limit = sum(map(len, seed.events)), self._environment.max_payload_bytes
+            size, limit = len(self._codec.encode(seed)), self._environment.max_payload_bytes
             if size > limit:
                 raise CannotReset(
-                    f"its events up to {record.to_event} have {size:,} bytes, and {limit:,} can be copied at most: "
-                    f"reset to an earlier one"
+                    f"its events up to {record.to_event} have, with the reason, {size:,} bytes, and {limit:,} can be "
+                    f"copied at most: reset to an earlier one"
                 )
         except CannotReset as e:
             self._refuse(record, str(e), turn)
             return
+        finally:
+            if not self._always_replay:
+                entry.gathers, entry.recent = False, []
         self._advance(
             entry, lambda: run.reset(record.to_event, record.new_run_id, record.reason, at), turn, ordered=False
         )
         self._send(turn.part(self.number, self.store), seed)
 
+    def _readable(self, entry: _Entry, turn: Turn) -> bool:
+        """Whether a run's log can be read as far as it goes.
+
+        The store never knows the last events of a run that is busy: so from the first time that this is asked they are
+        gathered, and it is enough when the store has those before.
+        """
+        if not entry.gathers and entry.turn > turn.acked:
+            entry.gathers, entry.since = True, entry.turn
+        return entry.since <= turn.acked
+
     def _copied(self, record: rec.RunCopied, at: int, turn: Turn) -> None:
         """A run that begins with another one's log; a copy of the record changes nothing."""
         run_id = record.run_id
-        existing = self._entry(run_id) is not None
-        if not existing:
-            log = [self._codec.decode_as(Event, value) for value in record.events]
+        log = [self._codec.decode_as(Event, value) for value in record.events]
+        first = log[0].data
+        assert isinstance(first, ev.RunCreated), log[0]
+        entry = self._entry(run_id)
+        existing = entry is not None
+        if entry is None:
             history = self._history(run_id)
-            with self._counted(run_id, 0) as obstacle:
+            with self._counted(run_id, 0) as deadly:
+                obstacle = self._refused.get(run_id) or deadly
                 run, outcome = Run.copied(record, log, at, self._environment, history, obstacle)
             entry = self._runs[run_id] = self._new_entry(run, Stored(run_id))
             self._record(entry, outcome, turn, early=False, before=None)
+        elif entry.run.state.header.origin != (origin := first.origins[-1]):
+            why = f"run {run_id} was there before: reset run {origin.run_id}, which has been ended, as another one"
+            self._refuse(record, why, turn)
+            return
         if record.reply_to is not None:
             self._answer(turn, record.reply_to, lambda r: self._answers.summary(r, run_id, existing=existing))
 
@@ -685,7 +712,7 @@ class Partition:
     def _new_entry(self, run: Run, stored: Stored) -> _Entry:
         trace = self._traces.within(run.state.header)
         steps = {} if self._observer is None else self._observer.steps_of(run.state)
-        return _Entry(run, stored, () if trace is None else trace.headers, steps)
+        return _Entry(run, stored, () if trace is None else trace.headers, steps, gathers=self._always_replay)
 
     def _history(self, run_id: str) -> Callable[[int], Iterator[Event]]:
         def read(from_seq: int) -> Iterator[Event]:
@@ -802,8 +829,9 @@ class Partition:
             entry.tainted = turn.number
         part.change(changes, created, [key for key, value in changes.items() if value is None])
         entry.turn = turn.number
-        if self._always_replay:
+        if entry.gathers:
             entry.recent += outcome.events
+        if self._always_replay:
             entry.run.evict()
 
     def _status_changed(self, entry: _Entry, part: Part, changes: Changes, before: Told | None) -> None:

@@ -203,9 +203,10 @@ class Registry:
         """
         if self._code_version is None:
             digest = hashlib.blake2b(digest_size=6)
-            for name, definition in (*sorted(self.workflows.items()), *sorted(self._versions.items())):
+            definitions = (*sorted(self.workflows.items()), *sorted(self._versions.items()))
+            for name, definition in definitions:
                 digest.update(f"{name}\0{_source(definition.fn)}\0".encode())
-            for source in _module_sources(definition.fn.__module__ for definition in self.workflows.values()):
+            for source in _module_sources(definition.fn.__module__ for _, definition in definitions):
                 digest.update(source)
             self._code_version = digest.hexdigest()
         return self._code_version

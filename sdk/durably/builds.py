@@ -27,6 +27,11 @@ def pinned_queue(queue: str, build: str) -> str:
     return f"{queue}.{build}"
 
 
+def serves(queue: str, step_queue: str) -> bool:
+    """Whether requests of a step of the second queue may come by the first: in runs of some build."""
+    return queue == step_queue or queue.startswith(pinned_queue(step_queue, ""))
+
+
 def served(queues: Iterable[str], build: str | None) -> list[str]:
     """What a worker of this build serves: its queues, and those of the runs that are pinned to it."""
     plain = list(dict.fromkeys(queues))

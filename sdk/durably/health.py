@@ -7,6 +7,7 @@ Nothing of it is recorded: where the answer goes travels as the step's ID, and w
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from durably.authoring import DEFAULT_BACKOFF, StepDefinition
@@ -15,6 +16,7 @@ WORKFLOW = STEP = "durably.health"
 QUEUE = "queue"
 """The attribute of the start that names the queue."""
 _SEPARATOR = "/"
+_ASKER = re.compile(rf"{re.escape(STEP)}/([0-9]{{1,19}})/([0-9]{{1,10}})/(.+)", re.DOTALL)
 
 
 async def _answer() -> None:
@@ -41,7 +43,5 @@ class Asker(NamedTuple):
     @classmethod
     def of(cls, step_id: str) -> Asker | None:
         """What a step's ID says; None where it is of no round trip."""
-        parts = step_id.split(_SEPARATOR, 3)
-        if len(parts) != 4 or parts[0] != STEP or not (parts[1] + parts[2]).isdecimal():
-            return None
-        return cls(int(parts[1]), int(parts[2]), parts[3])
+        found = _ASKER.fullmatch(step_id)
+        return None if found is None else cls(int(found[1]), int(found[2]), found[3])

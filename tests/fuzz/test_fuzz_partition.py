@@ -80,6 +80,7 @@ class PartitionMachine(RuleBasedStateMachine):
         self.lab = Lab(self.folder, always_replay=self.always_replay)
         self.lab.registry.workflows["fuzz_timing"] = WorkflowDefinition("fuzz_timing", fuzz_timing)
         self.requests: list[rec.StepRequest] = []
+        self.runs = ["r1", "r2", "r3"]
         self.copies = count()
         self.committed: dict[str, int] = dict.fromkeys(self.lab.logs, 0)
 
@@ -199,6 +200,13 @@ class PartitionMachine(RuleBasedStateMachine):
                 CATALOGUE.commands, rec.CancelRun(run_id=run_id, requested_at=0, reason=reason, reply_to=reply_to)
             )
         )
+
+    @rule(data=st.data(), n=st.integers(-1, 15), reason=st.none() | IDS, reply_to=REPLY_TO, commits=st.booleans())
+    def reset(self, data: st.DataObject, n: int, reason: str | None, reply_to: Any, commits: bool) -> None:
+        of, new = data.draw(st.sampled_from(self.runs)), f"r{len(self.runs) + 1}"
+        self.runs.append(new)
+        record = rec.ResetRun(run_id=of, new_run_id=new, to_event=n, requested_at=0, reason=reason, reply_to=reply_to)
+        self.take(self.lab.put(CATALOGUE.commands, record), commits=commits)
 
     @rule(
         run_id=RUNS,

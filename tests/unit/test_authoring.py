@@ -200,7 +200,8 @@ def test_the_code_version_follows_the_source(registry):
     assert int(first, 16) >= 0
 
 
-def test_the_code_version_follows_what_a_workflow_calls(tmp_path, monkeypatch):
+@pytest.mark.parametrize("version", [None, 1])
+def test_the_code_version_follows_what_a_workflow_calls(tmp_path, monkeypatch, version):
     monkeypatch.syspath_prepend(tmp_path)
     package = tmp_path / "versions_shop"
     package.mkdir()
@@ -211,7 +212,9 @@ def test_the_code_version_follows_what_a_workflow_calls(tmp_path, monkeypatch):
         (package / "prices.py").write_text(f"def of(n): return n * {factor}\n")
         found = load_module("versions_shop.flows")
         registry = Registry()
-        registry.add_workflow(WorkflowDefinition("flow", found.flow))
+        registry.add_workflow(WorkflowDefinition("flow", found.flow, version))
+        if version is not None:
+            registry.add_workflow(WorkflowDefinition("flow", in_run, version + 1))  # the newest, of another package
         seen.append(registry.code_version())
         for name in [name for name in sys.modules if name.startswith("versions_shop")]:
             del sys.modules[name]

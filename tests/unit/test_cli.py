@@ -690,7 +690,7 @@ def test_every_command_has_the_common_options() -> None:
     from typer.main import get_command
 
     found = commands(get_command(app))
-    assert len(found) == 22
+    assert len(found) == 23
     for one in found:
         assert {"url", "namespace", "json", "verbose"} <= {parameter.name for parameter in one.params}
 

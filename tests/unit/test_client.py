@@ -32,7 +32,7 @@ from durably.failures import to_error
 from durably.identifiers import LONGEST_RUN_ID, Ulids, checked_run_id
 from durably_schemas import Catalogue, Codec, events
 from durably_schemas.catalogue import partition_for
-from durably_schemas.records import Error, Event, QueryRun, ReplyTo, StartRun, StreamWritten
+from durably_schemas.records import Error, Event, QueryRun, ReplyTo, ResetRun, StartRun, StreamWritten
 from hypothesis import given
 from hypothesis import strategies as st
 from unit.scripted_broker import UNREADABLE, ScriptedBroker, ScriptedProcessor
@@ -540,6 +540,21 @@ def test_a_run_is_started_again_with_the_same_input_and_attributes(
     fourth = client.rerun(first.id, new_id="fourth")
     assert (fourth.id, starts(broker)[-1].input) == ("fourth", before.input)
     assert [s.rerun_of for s in starts(broker)] == [None, first.id, first.id, first.id]
+
+
+def test_a_reset_that_nobody_answers_names_the_run_that_may_come_of_it(broker: ScriptedBroker) -> None:
+    async def asked() -> None:
+        async with AsyncClient(broker, timeout=0.01) as client:
+            await client.reset("a", 3)
+
+    with Client(broker, timeout=0.01) as client:
+        for act in (lambda: client.reset("a", 3), lambda: asyncio.run(asked())):
+            with pytest.raises(
+                TimeoutError, match=r"the reset of run a as run wrun_[^ ]*, which may come through"
+            ) as e:
+                act()
+            new = next(record.new_run_id for record in reversed(broker.sent) if isinstance(record, ResetRun))
+            assert new in str(e.value)
 
 
 def test_every_start_has_a_nonce_of_its_own(broker: ScriptedBroker, client: Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import logging
@@ -260,6 +261,25 @@ def test_what_is_committed_is_counted_by_workflow_and_step(tmp_path):
     assert (observer.commits.count, observer.records.count) == (7, 7), "one for each transaction"
 
 
+@pytest.mark.usefixtures("guarded")
+def test_what_a_run_was_copied_with_is_not_counted_again(tmp_path):
+    lab, observer = watched(tmp_path)
+    lab.registry.steps["doing"] = registry.steps["doing"]
+    part = settle(lab, observer, lab.start("chain", 3))
+    for _ in range(2):
+        part = settle(lab, observer, lab.answer(requests(part, early=True)[0]))
+    back = rec.ResetRun(run_id="r1", new_run_id="r2", to_event=9, requested_at=0)
+    ended = settle(lab, observer, lab.put(CATALOGUE.commands, back))
+    through(lab, observer, settle(lab, observer, *lab.signals(ended)))
+    assert told(observer) == {
+        ("durably_runs_started_total", ("chain",)): 2,
+        ("durably_runs_finished_total", ("chain", "cancelled")): 1,
+        ("durably_runs_finished_total", ("chain", "completed")): 1,
+        ("durably_steps_requested_total", ("doing", "default")): 4,
+        ("durably_steps_completed_total", ("doing",)): 3,
+    }
+
+
 def test_a_histogram_counts_into_buckets_as_prometheus_has_them():
     histogram = Histogram((0.1, 1.0))
     for value in (0.05, 0.1, 0.5, 7):
@@ -346,6 +366,15 @@ def test_the_endpoint_says_whether_all_parts_live_and_are_ready():
         assert ask(f"{endpoint.url}/")[0] == 404
         with pytest.raises(ConfigurationError, match="choose another with --metrics"):
             Endpoint(endpoint.url.removeprefix("http://"), [])
+
+
+def test_a_part_that_fails_to_tell_is_told_of_in_the_log(caplog):
+    part = SimpleNamespace(dead=None, unready=None, samples=lambda: 1 // 0)
+    with closing(Endpoint("0", [part])) as endpoint:
+        with pytest.raises(http.client.RemoteDisconnected):
+            ask(f"{endpoint.url}/metrics")
+        assert ask(f"{endpoint.url}/livez") == (200, "ok\n")
+    assert "ZeroDivisionError" in caplog.text
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:port", "host:99999", "[::1"])
@@ -461,7 +490,11 @@ def test_a_round_trip_through_a_queue_leaves_no_run_behind(lab):
     assert "durably topics create --queue nowhere" in part.answers[0][1]().message
 
 
-@pytest.mark.parametrize("step_id", ["step_1", "durably.health/1/2", "durably.health/x/2/r", "durably.health/-1/2/r"])
+@pytest.mark.parametrize(
+    "step_id",
+    ["step_1", "durably.health/1/2", "durably.health/x/2/r", "durably.health/-1/2/r", "durably.health//2/r",
+     f"durably.health/{'9' * 5_000}/2/r"],
+)  # fmt: skip
 def test_a_step_of_a_run_is_no_round_trip(step_id):
     assert health.Asker.of(step_id) is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from durably import (
     DeterminismError,
     NonDeterminismError,
     RegistrationError,
+    RunBlockedError,
     SerializationError,
     create_hook,
     history,
@@ -21,8 +23,10 @@ from durably import (
     step,
     workflow,
 )
-from durably.authoring import WorkflowDefinition
+from durably.authoring import Registry, WorkflowDefinition
+from durably.authoring import registry as everything
 from durably.testing import RunStuckError, WorkflowEnvironment, replay_history
+from durably_schemas.records import Event
 
 DURABLY = Path(sys.executable).with_name("durably")
 
@@ -69,6 +73,23 @@ async def the_same(cents: int) -> str:
     return await rep_refund(receipt) if receipt else receipt
 
 
+async def elsewhere(cents: int) -> str:
+    receipt = await rep_charge.options(queue="rep-elsewhere")(cents)
+    await sleep("7d")
+    return await rep_refund(receipt)
+
+
+async def hurries(cents: int) -> str:
+    receipt = await rep_charge(cents)
+    refunded, _ = await asyncio.gather(rep_refund(receipt), sleep("7d"))
+    return refunded
+
+
+@workflow
+async def rep_clumsy() -> str:
+    return await opens_a_file(0)
+
+
 def as_rep_order(fn: Any) -> list[WorkflowDefinition[..., Any]]:
     return [WorkflowDefinition("rep_order", fn)]
 
@@ -86,6 +107,7 @@ async def test_a_history_replays_with_the_code_that_made_it(durably_env: Workflo
     replay_history(file)
     replay_history(durably_env.runs[0].events, [rep_order])
     replay_history(file, as_rep_order(the_same))
+    replay_history(file, as_rep_order(elsewhere))
     assert len(durably_env.calls(rep_charge)) == calls, "a replay runs no step"
 
 
@@ -129,6 +151,47 @@ async def test_a_run_that_goes_on_is_replayed_as_far_as_its_log_goes(durably_env
     replay_history(run.events)
     with pytest.raises(NonDeterminismError):
         replay_history(run.events, [WorkflowDefinition("rep_waiting", ends_early.__get__(5))])
+
+
+async def test_a_run_that_was_not_ended_by_its_code_replays(durably_env: WorkflowEnvironment) -> None:
+    unbegun = await durably_env.options(delay="1d").start(rep_order, 5)
+    await unbegun.cancel()
+    replay_history(unbegun.events)
+    old = await durably_env.start(rep_order, 5)
+    await durably_env.settle()
+    new = await durably_env.client.get_run(old.id).reset(len(old.events))
+    assert old.status == "cancelled"
+    replay_history(old.events)
+    await durably_env.run(new.id).result()
+    replay_history(durably_env.run(new.id).events)
+    blocked = await durably_env.start(rep_clumsy)
+    with pytest.raises(RunBlockedError):
+        await blocked.result()
+    await blocked.cancel()
+    replay_history(blocked.events, [WorkflowDefinition("rep_clumsy", rep_waiting.fn)])
+    with pytest.raises(NonDeterminismError):
+        replay_history(old.events, as_rep_order(hurries))
+
+
+def test_a_run_is_replayed_with_the_version_that_it_began_with() -> None:
+    first, second = (WorkflowDefinition("rep_versioned", fn, n) for n, fn in ((1, rep_order.fn), (2, in_other_order)))
+    registry = Registry()
+    registry.steps = everything.steps
+
+    async def log_of(definition: WorkflowDefinition[..., Any]) -> list[Event]:
+        registry.workflows.clear()
+        registry.add_workflow(definition)
+        with WorkflowEnvironment(registry=registry) as environment:
+            run = await environment.start("rep_versioned", 5)
+            await run.result()
+            return run.events
+
+    before, versioned = (asyncio.run(log_of(d)) for d in (WorkflowDefinition("rep_versioned", rep_order.fn), first))
+    for log in (before, versioned):
+        replay_history(log, [second, first])
+    replay_history(before, [first])
+    with pytest.raises(RegistrationError, match="began with version 1"):
+        replay_history(versioned, [second])
 
 
 def test_what_is_no_history_says_how_to_get_one(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import random
 import uuid
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from durably import HookConflictError, create_hook, get_workflow_metadata, patched, sleep
 from durably.authoring import WorkflowDefinition
 from durably.children import options, start
-from durably.payloads import dump, load
+from durably.errors import UnknownTopic
+from durably.payloads import dump, dump_arguments, load
 from durably_processor.engine.execution import replay
 from durably_processor.engine.reset import CannotReset, copied
 from durably_processor.engine.run import Run
@@ -35,7 +37,7 @@ def asked(n: int, new: str = "wrun_2", of: str = "wrun_1") -> rec.ResetRun:
 def back_to(bench: Bench, n: int, fn: Any = None, new: str = "wrun_2") -> Bench:
     """A bench for the run that goes on from event n, with other code where that is given; the old one is ended."""
     command = asked(n, new, bench.run.state.header.run_id)
-    log = copied(list(bench.log), bench.run.state.header, command)
+    log = copied(list(bench.log), bench.run.state.header, command, bench.environment.queues)
     bench.take(bench.run.reset(n, new, command.reason, bench.now))
     made = copy.copy(bench)
     made.log, made.open, made.signals, made.commands, made.queues = [], [], [], [], []
@@ -108,6 +110,26 @@ def test_a_patch_is_new_to_what_follows_the_cut_and_not_to_what_precedes_it():
     assert finish(new) == [False, True]
 
 
+def test_what_the_code_says_behind_the_cut_is_logged_and_what_it_says_before_is_not_said_again(caplog):
+    async def wf():
+        try:
+            for n in range(3):
+                logging.getLogger("app").warning("asks for %s", n)
+                await work(n)
+        finally:
+            logging.getLogger("app").warning("is through")
+
+    old = Bench(wf)
+    old.result(old.open[0])
+    caplog.clear()
+    new = back_to(old, seq_of(old, "step_completed"))
+    new.run.evict()
+    new.result(new.open[0])
+    assert caplog.messages == ["asks for 1", "asks for 2"]
+    new.result(new.open[0])
+    assert caplog.messages[2:] == ["is through"]
+
+
 def test_a_run_goes_back_to_its_very_beginning_and_before_a_delay_is_over():
     old = Bench(three_steps)
     assert finish(back_to(old, 1)) == [1, 2, 3]
@@ -159,6 +181,28 @@ def test_where_a_log_cannot_be_cut_it_says_where_it_can():
     finish(old)
     with pytest.raises(CannotReset, match="the run's end"):
         back_to(old, len(old.log))
+
+
+def test_a_step_that_is_open_and_has_no_queue_any_more_is_not_begun_anew():
+    old = Bench(three_steps)
+    old.result(old.open[0])
+    old.environment.queues = {"other"}
+    with pytest.raises(CannotReset, match=r"topics create --queue default`.* reset to event 5 or an earlier one"):
+        back_to(old, 6)
+    assert not old.run.state.terminal
+    back_to(old, 5)
+
+
+def test_the_runs_end_is_not_offered_as_a_place_to_cut_at():
+    async def wf():
+        await work(1)
+        return patched("p")
+
+    old = Bench(wf)
+    old.result(old.open[0])
+    assert old.types()[5:] == ["patch_marked", "run_completed"]
+    with pytest.raises(CannotReset, match=r"led to, up to 7: reset to event 5, and the code decides anew$"):
+        back_to(old, 6)
 
 
 def test_what_the_code_has_seen_before_the_cut_it_sees_again_and_nothing_of_it_comes_twice():
@@ -432,10 +476,11 @@ def test_a_reset_is_one_transaction_of_the_old_run_and_one_of_the_new(lab):
     assert types(part)[-1] == ("r2", "run_completed")
 
 
-def test_a_copy_of_a_reset_and_of_its_log_changes_nothing(lab):
+@pytest.mark.parametrize("n", [5, 9])
+def test_a_copy_of_a_reset_and_of_its_log_changes_nothing(lab, n):
     two_done(lab)
-    begun = lab.settle(*lab.signals(lab.settle(ask(lab, 5))))
-    again = lab.settle(ask(lab, 5))
+    begun = lab.settle(*lab.signals(lab.settle(ask(lab, n))))
+    again = lab.settle(ask(lab, n))
     assert not again.events
     copy_ = lab.settle(*lab.signals(again))
     assert not copy_.events
@@ -454,6 +499,54 @@ def test_a_reset_waits_until_the_log_is_committed_and_is_read_again_after_a_cras
     ended = lab.settle()
     assert types(ended) == [("r1", "run_cancelled")]
     assert {tp.topic: offset for tp, offset in ended.offsets.items()}[CATALOGUE.commands] == 2
+
+
+def test_a_run_that_is_never_at_rest_is_reset_all_the_same(lab):
+    late = lab.turn(lab.start("chain", 50))
+    for n in range(10):
+        (request,) = requests(late, early=True)
+        part = lab.turn(lab.answer(request), *([ask(lab, 5)] if n == 3 else []))
+        lab.commit(late)
+        lab.acked = lab.number - 1  # commits are always a turn behind
+        late = part
+        if ("r1", "run_cancelled") in types(part):
+            break
+    assert types(lab.commit(late))[-1] == ("r1", "run_cancelled")
+    begun = lab.settle(*lab.signals(late))
+    assert types(begun)[4:] == [("r2", "step_completed"), ("r2", "run_reset"), ("r2", "step_created")]
+
+
+def test_a_run_that_was_cancelled_before_it_began_goes_back_to_its_beginning(lab):
+    given = dump_arguments(lab.registry.workflows["chain"].fn, (1,), {}, "chain")
+    later = lab.now + 60_000
+    delayed = rec.StartRun(run_id="r1", workflow="chain", input=given, requested_at=0, start_at=later, nonce="n")
+    lab.settle(lab.put(CATALOGUE.commands, delayed))
+    lab.settle(lab.put(CATALOGUE.commands, rec.CancelRun(run_id="r1", requested_at=0)))
+    begun = lab.settle(*lab.signals(lab.settle(ask(lab, 1))))
+    assert types(begun) == [("r2", "run_created"), ("r2", "run_reset")]
+    lab.now = later
+    assert types(lab.settle()) == [("r2", "run_started"), ("r2", "step_created")]
+
+
+def test_a_run_that_goes_on_with_what_kafka_refuses_is_blocked(lab):
+    two_done(lab)
+    copy_ = lab.signals(lab.settle(ask(lab, 9)))
+    lab.options = {"refused": {"r2": UnknownTopic("lab.requests.default")}}
+    lab.take_over(lab.partition._positions)
+    begun = lab.settle(*copy_)
+    assert types(begun)[-2:] == [("r2", "run_reset"), ("r2", "run_blocked")]
+    assert not requests(begun, early=False)
+
+
+def test_no_run_goes_on_as_itself_or_as_one_that_was_there_before(lab):
+    two_done(lab)
+    ((_, make),) = lab.settle(ask(lab, 5, new="r1")).answers
+    assert (make().status, "cannot go on in its own place" in make().message) == ("REFUSED", True)
+    lab.settle(lab.start("hooked", 0, run_id="r3"))
+    part = lab.settle(*lab.signals(lab.settle(ask(lab, 5, new="r3"))))
+    ((_, make),) = part.answers
+    assert (make().status, "reset run r1, which has been ended, as another" in make().message) == ("REFUSED", True)
+    assert not part.events
 
 
 def test_a_refused_reset_says_why_and_ends_nothing(lab):
@@ -477,6 +570,11 @@ def test_a_log_that_no_record_holds_is_not_copied(lab):
     two_done(lab)
     ((_, make),) = lab.settle(ask(lab, 5)).answers
     assert "300 can be copied at most" in make().message
+    lab.environment.max_payload_bytes = 5_000
+    told = rec.ResetRun(run_id="r1", new_run_id="r2", to_event=5, requested_at=0, reason="\u20ac" * 2_000, reply_to=TO)
+    part = lab.settle(lab.put(CATALOGUE.commands, told))
+    ((_, make),) = part.answers
+    assert ("with the reason" in make().message, part.events) == (True, [])
 
 
 def test_what_comes_by_the_old_runs_token_is_handed_on_and_counts_once(lab):

@@ -346,6 +346,8 @@ def test_a_worker_that_can_run_nothing_says_so(broker, registry, caplog):
     (message,) = told("default", "other")
     assert "serves default, other, but its steps are for gpu" in message
     assert not told("default", "gpu")
+    assert not told("gpu.v1"), "what is left of a build"
+    assert told("gpus")
 
 
 def test_a_worker_says_so_only_when_nothing_was_registered_after_a_while(broker, start, monkeypatch, caplog):

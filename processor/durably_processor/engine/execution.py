@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
@@ -95,7 +95,7 @@ class Environment:
         self,
         registry: Registry,
         max_record_bytes: int,
-        queues: Collection[str],
+        queues: Container[str],
         watch: Callable[[str], AbstractContextManager[Any]],
         gateway_url: str | None = None,
         *,
@@ -147,7 +147,7 @@ class Execution:
 
     Attributes:
         ended: the workflow has returned or raised.
-        replaying: it does what it has done before.
+        recorded: the patches of its log while it does what it has done before; None: what it does is new.
     """
 
     def __init__(self, run_id: str, created: ev.RunCreated, environment: Environment) -> None:
@@ -175,12 +175,11 @@ class Execution:
         self._attributes: dict[str, str] = dict(created.attributes)
         self._commands: dict[str, Command] = {}  # by what they are about, in the order they arose
         self._patches: dict[str, bool] = {}  # as the run was answered first
-        self.recorded: Collection[str] | None = None  # the log's patches, while it is replayed; None: this is new
+        self.recorded: Collection[str] | None = None
         self._obstacle: BaseException | None = None
         self._cancel_reason: str | None = None
         self._cancelling = False
         self.ended = False
-        self.replaying = False
 
     # -- driven by the run -----------------------------------------------------------------------------------------
 
@@ -211,6 +210,16 @@ class Execution:
         after the last copied event is its own.
         """
         return next((origin.run_id for origin in self._origins if seq < origin.events), self._steps_of)
+
+    @property
+    def begun(self) -> bool:
+        """The workflow's code has been called."""
+        return self._main is not None
+
+    @property
+    def replaying(self) -> bool:
+        """It does what it has done before."""
+        return self.recorded is not None
 
     def _conclude(self) -> None:
         if self._obstacle is not None:
@@ -564,7 +573,6 @@ class _Replaying:
         self._cut = cut
         self._patches = frozenset(e.data.patch_id for e in log if isinstance(e.data, ev.PatchMarked))
         self._unanswered = _unanswered(log, cut=cut)
-        execution.replaying = True
         self._pending: deque[Command] = deque()
         self._backlog: list[Event] | None = None  # a list while the log has the run blocked
 
@@ -576,7 +584,7 @@ class _Replaying:
             backlog, self._backlog = self._backlog or [], None
             for delivery in backlog:
                 self._deliver(delivery)
-        elif self._is_superfluous(data):
+        elif self._is_superfluous(data) or self._was_ended(data):
             pass
         elif is_command(data):
             _compare(event, self._pending.popleft() if self._pending else None)
@@ -600,10 +608,15 @@ class _Replaying:
         asked = self._pending[0].data if self._pending else None
         return not isinstance(asked, ev.PatchMarked) or asked.patch_id != data.patch_id
 
+    def _was_ended(self, data: ev.EventData) -> bool:
+        """The run's end, where it was not its code's: the run had not begun, or was blocked, or reset."""
+        return isinstance(data, ev.RunCancelled) and (
+            not self._execution.begun or self._backlog is not None or data.successor is not None
+        )
+
     def end(self) -> Replayed:
         if self._pending and self._backlog is None and not self._cut:
             _diverged(None, self._pending[0])
-        self._execution.replaying = False
         return Replayed(self._execution, self._pending, self._backlog or [])
 
 

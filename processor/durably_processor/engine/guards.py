@@ -415,7 +415,8 @@ def _exempt() -> Iterator[tuple[object, object]]:
     _set(bootstrap, "_find_and_load", load)
     # The lines of source in a traceback or warning.
     _set(linecache, "updatecache", _outside(linecache.updatecache))
-    # Handlers write to files and sockets. What a run has said before its replay, it has said.
+    # Handlers write to files and sockets. What a run has said before its replay, it has said;
+    # and what it says while it is dropped, it says when it comes to it.
     _set(logging.Logger, "callHandlers", _once(_outside(logging.Logger.callHandlers)))
     yield from ()
 
@@ -424,7 +425,7 @@ def _once(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def once(*args: Any, **kwargs: Any) -> Any:
         loop = _get_running_loop()
-        if type(loop) is DeterministicLoop and getattr(loop.workflow_context, "replaying", False):
+        if type(loop) is DeterministicLoop and (loop.dead or getattr(loop.workflow_context, "replaying", False)):
             return None
         return original(*args, **kwargs)
 

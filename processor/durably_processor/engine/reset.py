@@ -7,7 +7,8 @@ must not pass for what has run; ids of children and tokens stay, since the code 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from itertools import takewhile
 
 import msgspec
 from durably_schemas import events as ev
@@ -15,20 +16,23 @@ from durably_schemas import records as rec
 from durably_schemas.records import Event
 
 from durably_processor.engine.execution import is_command, is_delivery, step_id
-from durably_processor.engine.state import Header, OpenHook, RunState, created
+from durably_processor.engine.state import Header, OpenHook, OpenStep, RunState, created
+
+_RUN_ENDS = (ev.RunCompleted, ev.RunFailed, ev.RunCancelled)
 
 
 class CannotReset(Exception):
     """The log cannot be cut there; says why, and what can be done."""
 
 
-def copied(log: Sequence[Event], header: Header, command: rec.ResetRun) -> list[Event]:
+def copied(log: Sequence[Event], header: Header, command: rec.ResetRun, queues: Container[str]) -> list[Event]:
     """The first events of a run under a new run's id, then the payloads that hooks which are open at the cut received later.
 
     Args:
         log: of the run that is reset.
         header: of the same.
         command: where to cut, and the new run's id.
+        queues: those whose topic exists.
 
     Raises:
         CannotReset: not there.
@@ -38,6 +42,7 @@ def copied(log: Sequence[Event], header: Header, command: rec.ResetRun) -> list[
     state = created(kept[0])
     for event in kept:
         state.apply(event)
+    _check_steps(state, queues)
     _check_hooks(state, header, command)
     granted = {hook_id for hook_id, item in state.items.items() if isinstance(item, OpenHook) and not item.claiming}
     later = [e for e in rest if isinstance(e.data, ev.HookReceived) and e.correlation_id in granted]
@@ -49,7 +54,7 @@ def _check_cut(log: Sequence[Event], count: int) -> None:
     if not 1 <= count <= len(log):
         raise CannotReset(f"there is no event {count}: the log has events 1 to {len(log)}")
     last = log[count - 1]
-    if isinstance(last.data, ev.RunCompleted | ev.RunFailed | ev.RunCancelled):
+    if isinstance(last.data, _RUN_ENDS):
         raise CannotReset(f"event {count} is the run's end: reset to an earlier one")
     blocked: int | None = None
     for event in log[:count]:
@@ -61,13 +66,31 @@ def _check_cut(log: Sequence[Event], count: int) -> None:
         raise CannotReset(
             f"the run was blocked from event {blocked} on: reset to event {blocked - 1} or an earlier one"
         )
-    if count < len(log) and is_command(log[count].data) and not is_delivery(last.data):
-        cause = next(event.seq for event in reversed(log[:count]) if is_delivery(event.data))
-        end = next((event.seq for event in log[count:] if not is_command(event.data)), len(log) + 1) - 1
+    cause = next((event.seq for event in reversed(log[:count]) if is_delivery(event.data)), None)
+    led_to = list(takewhile(_is_of_code, log[count:]))
+    if cause is not None and cause < count and led_to:
+        end = led_to[-1]
+        whole = "" if isinstance(end.data, _RUN_ENDS) else f", or to event {end.seq}"
         raise CannotReset(
-            f"event {count} is one of those that event {cause} led to, up to {end}: reset to event {cause}, and the "
-            f"code decides anew, or to event {end}"
+            f"event {count} is one of those that event {cause} led to, up to {end.seq}: reset to event {cause}, and the "
+            f"code decides anew{whole}"
         )
+
+
+def _is_of_code(event: Event) -> bool:
+    """Whether the code caused this event. A run that is reset is ended by its processor."""
+    return is_command(event.data) and not (isinstance(event.data, ev.RunCancelled) and event.data.successor is not None)
+
+
+def _check_steps(state: RunState, queues: Container[str]) -> None:
+    # They begin anew, and nobody would run them.
+    for item in state.items.values():
+        if isinstance(item, OpenStep) and item.queue not in queues:
+            raise CannotReset(
+                f"step {item.step!r}, which is open there, goes to queue {item.queue!r}, whose topic does not exist: create "
+                f"it with `durably topics create --queue {item.queue}`, then restart the processors; or reset to event "
+                f"{item.seq - 1} or an earlier one"
+            )
 
 
 def _check_hooks(state: RunState, header: Header, command: rec.ResetRun) -> None:

@@ -150,9 +150,10 @@ class Run(Generic[R]):
 
         Raises:
             DurablyError: the run cannot be reset to this event; says why, and to which it can.
+            TimeoutError: no processor has answered; names the new run, which may be there soon.
         """
-        command = _reset(self.id, to_event, reason)
-        reply = answer(self._connection, self.id, command)
+        command, about = _reset(self.id, to_event, reason)
+        reply = answer(self._connection, self.id, command, about)
         return Run(self._connection, summary_of(reply, self.id).run_id, self._returns)
 
     def __repr__(self) -> str:
@@ -267,9 +268,10 @@ class AsyncRun(Generic[R]):
 
         Raises:
             DurablyError: the run cannot be reset to this event; says why, and to which it can.
+            TimeoutError: no processor has answered; names the new run, which may be there soon.
         """
-        command = _reset(self.id, to_event, reason)
-        reply = await answer_async(self._connection, self.id, command)
+        command, about = _reset(self.id, to_event, reason)
+        reply = await answer_async(self._connection, self.id, command, about)
         return AsyncRun(self._connection, summary_of(reply, self.id).run_id, self._returns)
 
     def __repr__(self) -> str:
@@ -291,14 +293,15 @@ def _cancel(run_id: str, reason: str | None) -> Command:
     return command
 
 
-def _reset(run_id: str, to_event: int, reason: str | None) -> Command:
+def _reset(run_id: str, to_event: int, reason: str | None) -> tuple[Command, str]:
     now = time.time_ns() // 1_000_000
     new = new_run_id()  # the same in every copy of the command
 
     def command(to: ReplyTo) -> ResetRun:
         return ResetRun(run_id=run_id, new_run_id=new, to_event=to_event, requested_at=now, reason=reason, reply_to=to)
 
-    return command
+    # Who asks again without having looked would have two runs.
+    return command, f"the reset of run {run_id} as run {new}, which may come through yet,"
 
 
 def _not_ended(run_id: str, timeout: float | None, status: RunStatus | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 import threading
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -106,7 +107,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - of the base
-        log.debug("%s did not wait for its answer", client_address)
+        error = sys.exception()
+        if isinstance(error, OSError):
+            log.debug("%s did not wait for its answer", client_address)
+        else:
+            log.error("%s was not answered", client_address, exc_info=error)
 
 
 class _ServerV6(_Server):

@@ -44,7 +44,8 @@ def replay_history(
     if workflows is not None:
         registry = Registry()
         registry.steps = everything.steps
-        registry.workflows = {definition.name: definition for definition in workflows}
+        for definition in workflows:
+            registry.add_workflow(definition)
     try:
         processor_module("inline").check_history(events, registry)
     except NonDeterminismError as e:

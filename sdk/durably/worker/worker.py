@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from durably_schemas import Codec
 
+from durably.builds import serves
 from durably.observability.metrics import of_broker
 from durably.observability.tracing import StepSpans
 from durably.worker.capacity import Capacity
@@ -234,21 +235,21 @@ class Worker:
 
     def _check_steps(self) -> None:
         steps = self._registry.steps.values()
-        serves = ", ".join(self._queues)
+        served = ", ".join(self._queues)
         if not steps:
             logger.warning(
                 "worker %s serves %s, but no step is registered: name the modules that define them; until then every "
                 "request fails",
                 self.worker_id,
-                serves,
+                served,
             )
-        elif not any(step.queue in self._queues for step in steps):
+        elif not any(serves(queue, step.queue) for step in steps for queue in self._queues):
             others = ", ".join(sorted({step.queue for step in steps}))
             logger.warning(
                 "worker %s serves %s, but its steps are for %s: add --queue, or correct queue= of the steps; it runs "
                 "only calls that name its queue by options(queue=…)",
                 self.worker_id,
-                serves,
+                served,
                 others,
             )
 

@@ -219,11 +219,12 @@ def test_blocked_runs_say_what_was_expected_and_what_was_found(page: Page, url: 
 
 def test_queues_have_their_lag_and_their_readers(page: Page, url: str) -> None:
     page.goto(f"{url}/queues")
-    cards = page.locator(".queue")
-    assert cards.locator("h2").all_inner_texts() == ["processors", "default", "mail"]
-    expect(cards.locator(".members li")).to_have_count(3)
-    expect(cards.locator(".badge")).to_have_text(["up to date"] * 3, timeout=20_000)
-    expect(page.locator(".chip.s-completed")).to_have_count(3)
+    assert page.locator(".queue h2").first.inner_text() == "processors"
+    for name in ("processors", "default", "mail"):  # there may be more, of other steps in this process
+        card = page.locator(".queue", has=page.get_by_role("heading", name=name, exact=True))
+        expect(card.locator(".members li")).to_have_count(1)
+        expect(card.locator(".badge")).to_have_text(["up to date"], timeout=20_000)
+    expect(page.locator(".chip.s-completed")).to_have_count(3)  # of partitions, whose processors answer
 
 
 def test_a_dead_letter_is_sent_again(page: Page, url: str, at_work: Scene) -> None:

@@ -415,7 +415,7 @@ ALLOWED = {
     ("durably_schemas/compiled.py", "exec"),
     ("durably/authoring.py", "import_module"),
     ("durably/__init__.py", "import_module"),
-    ("durably/cli/processes.py", "import_module"),
+    ("durably/installation.py", "import_module"),
 }
 
 

@@ -766,7 +766,8 @@ class Partition:
         if deaths >= DEADLY:
             self.store.forget_activations(run_id)
         else:
-            self.store.end_activation(run_id, seq)
+            entry = self._runs.get(run_id)
+            self.store.end_activation(run_id, seq + 1 if entry is None else entry.run.state.header.seq)
 
     def _blocked_first(self, entry: _Entry, why: DurablyError, act: Callable[[], Outcome]) -> Outcome:
         events = [] if entry.run.state.header.blocked else entry.run.block(why).events

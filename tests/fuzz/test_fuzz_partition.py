@@ -102,12 +102,13 @@ class PartitionMachine(RuleBasedStateMachine):
         self.requests += [*requests(part, early=True), *requests(part, early=False)]
         for output in part.outputs:
             CODEC.decode(output.value)
-        for _, answer in part.answers:
-            CODEC.encode(answer())
         if not commits:
             self.crash()
             return
         self.lab.commit(part)
+        for _, answer in part.answers:
+            if (reply := answer()) is not None:
+                CODEC.encode(reply)
         self.committed = dict(self.lab.partition._positions)
         for tp, offset in part.offsets.items():
             self.committed[tp.topic] = offset

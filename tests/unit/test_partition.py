@@ -169,6 +169,27 @@ def test_a_run_is_deadly_also_where_its_start_was_not_committed_and_goes_well_ea
     assert lab.store.begin_activation("r1", 3) == 0, "with other code it counts anew"
 
 
+def test_a_run_is_deadly_also_where_questions_about_its_step_go_well_each_time(lab):
+    start = lab.start("chain", 1)
+    (request,) = requests(lab.turn(start), early=True)
+    question = rec.StepClaim(
+        run_id="r1", step_id=request.step_id, attempt=1, worker="w", reply_to=rec.ReplyTo(partition=0, request_id="q")
+    )
+    before = [start, *(lab.put(CATALOGUE.results, question) for _ in range(3))]
+    result = lab.answer(request)
+    for _ in range(
+        2
+    ):  # the questions are answered again, which takes the log no further; then the result ends the process
+        lab.partition.drop()
+        lab.take_over(lab.positions)
+        part = lab.turn(*before)
+        assert len(part.events) == 4
+        assert lab.store.begin_activation("r1", 4) < 2
+    lab.partition.drop()
+    lab.take_over(lab.positions)
+    assert "run_blocked" in types(lab.turn(*before, result))
+
+
 def test_what_the_processor_cannot_handle_is_dead_lettered_and_blocks_its_run_alone(lab, monkeypatch):
     (request,) = requests(lab.settle(lab.start("chain", 1)), early=True)
     result = lab.answer(request)

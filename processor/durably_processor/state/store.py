@@ -485,12 +485,13 @@ class Store:
         return unfinished
 
     def end_activation(self, run_id: str, seq: int) -> None:
-        """It has ended, however it did, and with it what is known of activations that began no later in the log.
+        """It has ended, however it did, and the log has ``seq`` events: what began before that is over as well.
 
-        Those that did not end further on still count: what led to them was perhaps not committed, and is done again.
+        Those that did not end there or further on still count: what led to them was perhaps not committed, and is done
+        again; and what did not get on with the log, as a worker's question about a step, has not come past them.
         """
         at, unfinished = self._unfinished(run_id)
-        self._note_unfinished(run_id, at, unfinished - 1 if at > seq else 0)
+        self._note_unfinished(run_id, at, unfinished - 1 if at >= seq else 0)
 
     def forget_activations(self, run_id: str) -> None:
         """The run is blocked: with the code that comes next one counts anew."""

@@ -41,6 +41,7 @@ from durably_processor.state.store import (
     Stored,
     StoreError,
     Timer,
+    activations_key,
     blocked_key,
     encode_token,
     resume_key,
@@ -763,9 +764,7 @@ class Partition:
         deaths = self.store.begin_activation(run_id, seq)
         why = f"activations of run {run_id} ended their processor {DEADLY} times"
         yield DurablyError(why) if deaths >= DEADLY else None
-        if deaths >= DEADLY:
-            self.store.forget_activations(run_id)
-        else:
+        if deaths < DEADLY:  # else all counts until the block is committed, and with other code one counts anew
             entry = self._runs.get(run_id)
             self.store.end_activation(run_id, seq + 1 if entry is None else entry.run.state.header.seq)
 
@@ -822,6 +821,8 @@ class Partition:
             self._send(part, record, entry.headers if type(record) is rec.StartRun else ())
         if self._observer is not None:
             self._observer.recorded(part.counts, header.workflow, outcome.events, entry.steps)
+        if header.blocked:
+            changes[activations_key(run_id)] = None
         if before != (header.status, header.blocked, state.news):
             self._status_changed(entry, part, changes, before)
             if state.terminal:

@@ -239,6 +239,11 @@ def header_key(run_id: str) -> bytes:
     return b"r" + _prefixed(run_id)
 
 
+def activations_key(run_id: str) -> bytes:
+    """Of what is known of a run's activations that did not end: see `Store.begin_activation`."""
+    return b"a" + _prefixed(run_id)
+
+
 def blocked_key(run_id: str) -> bytes:
     """Of a blocked run."""
     return b"b" + _prefixed(run_id)
@@ -493,19 +498,15 @@ class Store:
         at, unfinished = self._unfinished(run_id)
         self._note_unfinished(run_id, at, unfinished - 1 if at >= seq else 0)
 
-    def forget_activations(self, run_id: str) -> None:
-        """The run is blocked: with the code that comes next one counts anew."""
-        self._note_unfinished(run_id, 0, 0)
-
     def _unfinished(self, run_id: str) -> tuple[int, int]:
         """The furthest point in its log where an activation did not end, and how many did not."""
-        value = self._get(b"a" + _prefixed(run_id))
+        value = self._get(activations_key(run_id))
         return (int.from_bytes(value[:8], "big"), int.from_bytes(value[8:], "big")) if value else (0, 0)
 
     def _note_unfinished(self, run_id: str, seq: int, times: int) -> None:
-        key = b"a" + _prefixed(run_id)
+        key = activations_key(run_id)
         if times:
-            self._do(self._db.put, key, seq.to_bytes(8, "big") + times.to_bytes(2, "big"))
+            self._do(self._db.put, key, seq.to_bytes(8, "big") + min(times, 0xFFFF).to_bytes(2, "big"))
         else:
             self._do(self._db.delete, key)
 
